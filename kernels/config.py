@@ -1,0 +1,13 @@
+"""Which provider computes each public op. Torch-free."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class KernelsConfig:
+    """The `kernels` group: one key for each public op; `auto` takes the first provider that supports the device."""
+
+    attention: str = "auto"
+    grouped_mm: str = "auto"
+    rms_norm: str = "auto"
+    swiglu: str = "auto"

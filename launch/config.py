@@ -1,0 +1,34 @@
+"""The whole job as the command line sees it: a run and how its ranks are started. Torch-free."""
+
+from dataclasses import dataclass, field
+
+from octofold.backends.errors import ConfigError
+from octofold.train.config import RunConfig
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """The `launch` group."""
+
+    name: str = "local"
+    nproc_per_node: int = 1
+    """Ranks to start on this machine; ignored where a launcher has already started them."""
+    stop_deadline_s: float = 30.0
+    """After Ctrl-C, ranks still running after this are killed."""
+
+
+@dataclass(frozen=True)
+class JobConfig(RunConfig):
+    """`RunConfig` with the launcher beside it."""
+
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+
+def check(launch: LaunchConfig) -> None:
+    """Raise `ConfigError` for a launcher that cannot be honoured."""
+    if launch.name != "local":
+        raise ConfigError("launch.name", launch.name, "this version starts local ranks", "launch=local")
+    if launch.nproc_per_node < 1:
+        raise ConfigError(
+            "launch.nproc_per_node", launch.nproc_per_node, "at least one rank", "launch.nproc_per_node=1"
+        )

@@ -1,0 +1,74 @@
+"""Degrees of parallelism as the user writes them, and the rules that bind them. Torch-free.
+
+World = pipeline x data_replicate x data_shard x context x tensor, outermost first. Experts see the same ranks again:
+data_shard x context x tensor = expert_data x expert x expert_tensor.
+"""
+
+from dataclasses import dataclass, replace
+from math import prod
+
+from octofold.backends.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The `parallel` group."""
+
+    pipeline: int = 1
+    data_replicate: int = 1
+    data_shard: int = -1
+    """-1: whatever the other degrees leave of the world."""
+    context: int = 1
+    tensor: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+
+    @property
+    def data(self) -> int:
+        """Ranks that read different sequences."""
+        return self.data_replicate * self.data_shard
+
+    @property
+    def expert_data(self) -> int:
+        """Ranks that hold shards of the same expert."""
+        return self.data_shard * self.context * self.tensor // (self.expert * self.expert_tensor)
+
+
+DENSE_DEGREES = ("pipeline", "data_replicate", "data_shard", "context", "tensor")
+UNAVAILABLE = ("pipeline", "data_replicate", "context", "tensor", "expert_tensor")
+
+
+def resolve(config: ParallelConfig, world_size: int) -> ParallelConfig:
+    """The degrees with `data_shard` inferred, checked against the number of ranks.
+
+    Raises:
+        ConfigError: a degree below 1, a kind of parallelism this version lacks, degrees that do not multiply to
+            `world_size`, or an expert degree that does not divide the ranks experts span.
+    """
+    for name in (*DENSE_DEGREES, "expert", "expert_tensor"):
+        degree = getattr(config, name)
+        if degree < 1 and not (name == "data_shard" and degree == -1):
+            raise ConfigError(
+                f"parallel.{name}", degree, "a degree is a positive number of ranks", f"parallel.{name}=1"
+            )
+        if name in UNAVAILABLE and degree != 1:
+            rule = f"this version splits a model over data_shard and expert only; parallel.{name} must be 1"
+            raise ConfigError(f"parallel.{name}", degree, rule, f"parallel.{name}=1")
+    others = prod(getattr(config, name) for name in DENSE_DEGREES if name != "data_shard")
+    if config.data_shard == -1:
+        config = replace(config, data_shard=max(1, world_size // others))
+    product = others * config.data_shard
+    if product != world_size:
+        shown = " ".join(f"parallel.{name}={getattr(config, name)}" for name in DENSE_DEGREES)
+        rule = f"{' x '.join(DENSE_DEGREES)} = {product}, but the job has {world_size} rank(s)"
+        raise ConfigError("parallel", shown, rule, "start as many ranks as the product, or set parallel.data_shard=-1")
+    span = config.data_shard * config.context * config.tensor
+    if span % (config.expert * config.expert_tensor):
+        shown = (
+            f"parallel.expert={config.expert} parallel.expert_tensor={config.expert_tensor} "
+            f"parallel.data_shard={config.data_shard} parallel.context={config.context} parallel.tensor={config.tensor}"
+        )
+        rule = f"expert x expert_tensor must divide data_shard x context x tensor = {span} rank(s)"
+        legal = [d for d in range(1, span + 1) if span % d == 0]
+        raise ConfigError("parallel.expert", shown, rule, f"parallel.expert one of {legal}, or start more ranks")
+    return config

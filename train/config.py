@@ -1,0 +1,158 @@
+"""What a training run is told: one frozen dataclass for each part, and the rules that bind several. Torch-free."""
+
+from dataclasses import dataclass, field, replace
+
+from octofold.backends.config import BackendConfig
+from octofold.backends.errors import ConfigError, unknown_name_error
+from octofold.kernels.config import KernelsConfig
+from octofold.parallel.config import ParallelConfig, resolve
+from octofold.train.data.config import DataConfig
+from octofold.train.data.config import check as check_data
+from octofold.train.models.config import ModelConfig
+from octofold.train.models.config import check as check_model
+
+PRECISIONS = ["bf16", "fp32", "fp64"]
+SCHEDULES = ["cosine", "wsd", "constant"]
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """The `precision` group. Master weights, gradients and optimiser states are FP32 (FP64 under fp64)."""
+
+    name: str = "bf16"
+    """bf16: products and activations in BF16; fp32; fp64 (for proofs of layouts)."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The `optim` group: AdamW and its learning-rate schedule, counted in applied updates."""
+
+    lr: float = 2e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Applied to matrices; norms and embeddings are left out."""
+    clip_norm: float = 1.0
+    """Bound of the global gradient norm; 0 switches clipping off."""
+    schedule: str = "cosine"
+    """cosine: warm-up, then cosine to lr * min_lr_ratio; wsd: warm-up, stable, linear decay; constant: warm-up only."""
+    warmup_steps: int = 50
+    decay_share: float = 0.2
+    """wsd: share of the steps spent in the final decay."""
+    min_lr_ratio: float = 0.1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The `train` group: how long, how much at a time, and what is reported."""
+
+    steps: int = 500
+    global_batch_size: int = 8
+    """Sequences an update."""
+    micro_batch_size: int = 4
+    """Sequences a rank computes at once; accumulation makes up the rest."""
+    seed: int = 0
+    deterministic: bool = True
+    log_every: int = 10
+    eval_every: int = 100
+    """Steps between evaluations on the validation split; 0: only at the end."""
+    eval_sequences: int = 64
+    sample_prompt: str = "def "
+    sample_tokens: int = 200
+    """Tokens of the sample printed at the end; 0: none."""
+    wandb: bool = False
+    """Also log to Weights & Biases (offline unless logged in)."""
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """The `checkpoint` group."""
+
+    every_steps: int = 200
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 3
+    """Newest checkpoints kept; 0 keeps all."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The `engine` group: who owns the optimiser step."""
+
+    name: str = "native"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a training run is told. `build.py` hands each part to the object it concerns, never the whole."""
+
+    name: str = "run"
+    """A word for people: it starts the run folder's name and heads the report."""
+    run_dir: str | None = None
+    """Folder of the run; null makes runs/<name>-<time>."""
+    resume: str | None = None
+    """A run folder or a checkpoint to continue from; `auto` continues run_dir where it holds a checkpoint."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+def validate(config: RunConfig, world_size: int) -> RunConfig:
+    """The config with inferred degrees filled in, after every rule that needs neither torch nor a device.
+
+    Raises:
+        ConfigError: naming the keys, their values, the rule and the remedy.
+    """
+    check_model(config.model)
+    check_data(config.data)
+    if config.precision.name not in PRECISIONS:
+        raise unknown_name_error("precision.name", config.precision.name, PRECISIONS)
+    if config.engine.name != "native":
+        raise unknown_name_error("engine.name", config.engine.name, ["native"])
+    config = replace(config, parallel=resolve(config.parallel, world_size))
+    _check_optim(config.optim)
+    _check_batch(config.train, config.parallel)
+    _check_experts(config)
+    return config
+
+
+def _check_optim(optim: OptimConfig) -> None:
+    if optim.schedule not in SCHEDULES:
+        raise unknown_name_error("optim.schedule", optim.schedule, SCHEDULES)
+    if optim.lr < 0:
+        raise ConfigError("optim.lr", optim.lr, "a learning rate is not negative", "optim.lr=1e-3")
+    for name in ("beta1", "beta2", "decay_share", "min_lr_ratio"):
+        value = getattr(optim, name)
+        if not 0 <= value <= 1 or (name.startswith("beta") and value == 1):
+            raise ConfigError(f"optim.{name}", value, "must lie between 0 and 1", f"optim.{name}=0.9")
+
+
+def _check_batch(train: TrainConfig, parallel: ParallelConfig) -> None:
+    for name in ("steps", "global_batch_size", "micro_batch_size", "log_every"):
+        if getattr(train, name) < 1:
+            raise ConfigError(f"train.{name}", getattr(train, name), "must be at least 1", f"train.{name}=1 or more")
+    share = train.micro_batch_size * parallel.data
+    if train.global_batch_size % share:
+        shown = (
+            f"train.global_batch_size={train.global_batch_size} train.micro_batch_size={train.micro_batch_size} "
+            f"parallel.data_replicate={parallel.data_replicate} parallel.data_shard={parallel.data_shard}"
+        )
+        rule = f"the global batch must be a multiple of micro batch x data ranks = {share} sequences"
+        nearest = max(share, train.global_batch_size // share * share)
+        raise ConfigError("train.global_batch_size", shown, rule, f"train.global_batch_size={nearest}")
+
+
+def _check_experts(config: RunConfig) -> None:
+    experts, degree = config.model.n_routed_experts, config.parallel.expert
+    if experts % degree:
+        legal = [d for d in range(1, experts + 1) if experts % d == 0]
+        shown = f"model.n_routed_experts={experts} parallel.expert={degree}"
+        raise ConfigError("parallel.expert", shown, "every rank holds the same number of experts", f"one of {legal}")
