@@ -1,4 +1,4 @@
-"""Errors meant for the person at the keyboard: they name the offender, the rule and the remedy, and need no traceback."""
+"""Errors for the person at the keyboard: they name the offender, the rule and the remedy, and need no traceback."""
 
 
 class UserError(ValueError):

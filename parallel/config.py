@@ -48,9 +48,7 @@ def resolve(config: ParallelConfig, world_size: int) -> ParallelConfig:
     for name in (*DENSE_DEGREES, "expert", "expert_tensor"):
         degree = getattr(config, name)
         if degree < 1 and not (name == "data_shard" and degree == -1):
-            raise ConfigError(
-                f"parallel.{name}", degree, "a degree is a positive number of ranks", f"parallel.{name}=1"
-            )
+            raise ConfigError(f"parallel.{name}", degree, "a degree is at least 1", f"parallel.{name}=1")
         if name in UNAVAILABLE and degree != 1:
             rule = f"this version splits a model over data_shard and expert only; parallel.{name} must be 1"
             raise ConfigError(f"parallel.{name}", degree, rule, f"parallel.{name}=1")
