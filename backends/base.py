@@ -1,0 +1,46 @@
+"""The device a rank computes on: what every backend answers, and what it says of its abilities."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What the device can do, read from the device itself and never from the vendor's name."""
+
+    device_name: str
+    bf16: bool
+    """Products of BF16 operands run natively."""
+    fp8: bool
+    """Products of FP8 operands run natively."""
+    memory_bytes: int
+
+
+class Backend(ABC):
+    """One kind of device and the collective library its ranks talk through. Holds no state."""
+
+    name: str
+    collective_library: str
+    """The name torch.distributed knows it by."""
+
+    @abstractmethod
+    def why_unavailable(self) -> str | None:
+        """None where the backend can run here, else the reason."""
+
+    @abstractmethod
+    def device(self, local_rank: int) -> torch.device:
+        """The device of a local rank."""
+
+    @abstractmethod
+    def set_up(self, local_rank: int, local_world_size: int, threads: int) -> None:
+        """Make the calling process use its device. `threads`: CPU threads a rank; 0 divides the cores."""
+
+    @abstractmethod
+    def capabilities(self, local_rank: int) -> Capabilities:
+        """Read from the device."""
+
+    @abstractmethod
+    def peak_memory_bytes(self) -> int:
+        """The most memory this process has held on its device."""

@@ -1,0 +1,43 @@
+"""NVIDIA GPUs through CUDA and NCCL."""
+
+import torch
+
+from octofold.backends.base import Backend, Capabilities
+
+FP8_COMPUTE_CAPABILITY = (8, 9)
+"""Ada and Hopper brought FP8 tensor cores."""
+
+
+class CudaBackend(Backend):
+    """One GPU a local rank."""
+
+    name = "cuda"
+    collective_library = "nccl"
+
+    def why_unavailable(self) -> str | None:
+        if not torch.backends.cuda.is_built():
+            return f"torch {torch.__version__} is built without CUDA"
+        if not torch.cuda.is_available():
+            return "torch finds no NVIDIA GPU or driver"
+        return None
+
+    def device(self, local_rank: int) -> torch.device:
+        return torch.device("cuda", local_rank)
+
+    def set_up(self, local_rank: int, local_world_size: int, threads: int) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        torch.cuda.set_device(local_rank)
+
+    def capabilities(self, local_rank: int) -> Capabilities:
+        properties = torch.cuda.get_device_properties(local_rank)
+        level = (properties.major, properties.minor)
+        return Capabilities(
+            properties.name,
+            bf16=level >= (8, 0),
+            fp8=level >= FP8_COMPUTE_CAPABILITY,
+            memory_bytes=properties.total_memory,
+        )
+
+    def peak_memory_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated()

@@ -1,0 +1,64 @@
+"""Joining and leaving the job: who this rank is, read from the environment that torchrun and its kin set."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from octofold.backends.base import Backend
+from octofold.backends.config import BackendConfig
+from octofold.backends.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """A process's place in the job."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @staticmethod
+    def from_environment() -> "RankInfo":
+        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; a process without them is a world of one."""
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        return RankInfo(
+            rank=int(os.environ.get("RANK", 0)),
+            world_size=world_size,
+            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+        )
+
+
+@contextmanager
+def joined(backend: Backend, config: BackendConfig, info: RankInfo) -> Iterator[None]:
+    """The default process group, made on entry and destroyed on exit.
+
+    A world of one has a process group too, so that sharded parameters and checkpoints take one path.
+
+    Raises:
+        ConfigError: the rendezvous address is missing.
+    """
+    backend.set_up(info.local_rank, info.local_world_size, config.threads)
+    store = None
+    if info.world_size == 1:
+        store = dist.HashStore()
+    elif "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        shown = f"WORLD_SIZE={info.world_size}"
+        rule = "several ranks meet at MASTER_ADDR:MASTER_PORT, which are not both set"
+        raise ConfigError("MASTER_ADDR", shown, rule, "start the ranks with torchrun, or with launch.nproc_per_node")
+    dist.init_process_group(
+        backend.collective_library,
+        rank=info.rank,
+        world_size=info.world_size,
+        store=store,
+        timeout=timedelta(seconds=config.timeout_s),
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,94 @@
+"""Which provider computes which op: chosen once at start, with the reason for every rejection.
+
+To add a provider for an existing op: write the function in a file of its own, add a line here, and hold it to the
+reference in tests/test_kernels_providers.py (docs/extending.md).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+
+from octofold.backends.errors import ConfigError, unknown_name_error
+from octofold.kernels.config import KernelsConfig
+
+PROVIDERS: dict[str, dict[str, str]] = {
+    "attention": {
+        "cpu": "octofold.kernels.cpu_attention",
+        "torch": "octofold.kernels.torch_attention",
+        "reference": "octofold.kernels.reference.attention",
+    },
+    "grouped_mm": {
+        "torch": "octofold.kernels.torch_grouped_mm",
+        "reference": "octofold.kernels.reference.grouped_mm",
+    },
+    "rms_norm": {
+        "cpu": "octofold.kernels.cpu_rms_norm",
+        "torch": "octofold.kernels.torch_rms_norm",
+        "reference": "octofold.kernels.reference.rms_norm",
+    },
+    "swiglu": {
+        "torch": "octofold.kernels.torch_swiglu",
+        "reference": "octofold.kernels.reference.swiglu",
+    },
+}
+"""op -> provider -> module, in the order `auto` tries them. A module has a function named as the op, and
+`why_unsupported(workload) -> str | None`."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the ops will be asked to do, as far as it decides between providers."""
+
+    device_type: str
+    dtype: torch.dtype
+    grouped_widths: tuple[int, ...] = ()
+    """Row lengths of the operands of grouped products."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The chosen providers, one callable for each public op (the signatures stand in kernels/reference/)."""
+
+    attention: Callable[..., torch.Tensor]
+    grouped_mm: Callable[..., torch.Tensor]
+    rms_norm: Callable[..., torch.Tensor]
+    swiglu: Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One row of the start-up table."""
+
+    op: str
+    provider: str
+    rejected: dict[str, str]
+    """Providers that came first in order and cannot serve, with the reason."""
+
+
+def choose(config: KernelsConfig, workload: Workload) -> tuple[Kernels, list[Choice]]:
+    """Pick a provider for every op.
+
+    Raises:
+        ConfigError: a named provider that does not exist or cannot serve the workload.
+    """
+    functions, choices = {}, []
+    for op, providers in PROVIDERS.items():
+        choice = _choose_one(op, getattr(config, op), providers, workload)
+        functions[op] = getattr(import_module(providers[choice.provider]), op)
+        choices.append(choice)
+    return Kernels(**functions), choices
+
+
+def _choose_one(op: str, wanted: str, providers: dict[str, str], workload: Workload) -> Choice:
+    if wanted not in ("auto", *providers):
+        raise unknown_name_error(f"kernels.{op}", wanted, ["auto", *providers])
+    rejected: dict[str, str] = {}
+    for name in providers if wanted == "auto" else [wanted]:
+        reason = import_module(providers[name]).why_unsupported(workload)
+        if reason is None:
+            return Choice(op, name, rejected)
+        rejected[name] = reason
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
+    raise ConfigError(f"kernels.{op}", wanted, f"the provider must support the run: {reasons}", f"kernels.{op}=auto")

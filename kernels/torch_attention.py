@@ -1,0 +1,32 @@
+"""Causal attention by torch's scaled_dot_product_attention."""
+
+import torch
+import torch.nn.functional as F
+
+from octofold.kernels.reference.attention import visible_BSS
+from octofold.kernels.registry import Workload
+
+
+def why_unsupported(workload: Workload) -> str | None:
+    """torch has a path for every device and floating dtype."""
+    return None
+
+
+def attention(
+    q_BHSd: torch.Tensor,
+    k_BHSd: torch.Tensor,
+    v_BHSv: torch.Tensor,
+    *,
+    scale: float,
+    doc_ids_BS: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As kernels/reference/attention.py."""
+    value_width = v_BHSv.shape[-1]
+    # The fused paths want one head width for all three; zero columns of v add zero columns of output.
+    padded = F.pad(v_BHSv, (0, q_BHSd.shape[-1] - value_width)) if value_width < q_BHSd.shape[-1] else v_BHSv
+    if doc_ids_BS is None:
+        out = F.scaled_dot_product_attention(q_BHSd, k_BHSd, padded, is_causal=True, scale=scale)
+    else:
+        mask = visible_BSS(doc_ids_BS, q_BHSd.shape[2], q_BHSd.device)[:, None]
+        out = F.scaled_dot_product_attention(q_BHSd, k_BHSd, padded, attn_mask=mask, scale=scale)
+    return out[..., :value_width]

@@ -1,0 +1,33 @@
+"""The global norm of gradients whose parameters live on different meshes (torch's own refuses those)."""
+
+from collections.abc import Iterable
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate
+
+from octofold.backends.collectives import all_reduce_sum
+
+
+def copies_in_world(gradient: DTensor) -> int:
+    """How many ranks of the world hold each element."""
+    mesh = gradient.device_mesh
+    sizes = [mesh.size(axis) for axis, placement in enumerate(gradient.placements) if isinstance(placement, Replicate)]
+    return prod(sizes) * dist.get_world_size() // mesh.size()
+
+
+def global_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Euclidean norm over all elements of all gradients, each counted once: scalar FP64, equal on every rank.
+
+    Args:
+        gradients: DTensors, on any meshes whose ranks belong to the default process group.
+    """
+    total = None
+    for gradient in gradients:
+        assert isinstance(gradient, DTensor)
+        shard = gradient.to_local()
+        square = torch.linalg.vector_norm(shard, dtype=torch.float64).square() / copies_in_world(gradient)
+        total = square if total is None else total + square
+    assert total is not None, "no parameter has a gradient"
+    return all_reduce_sum(total).sqrt()

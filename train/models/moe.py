@@ -1,0 +1,88 @@
+"""DeepSeekMoE: shared experts that see every token, and routed experts chosen by a sigmoid gate.
+
+T tokens, K experts a token, E experts, N = T·K copies, D hidden width, I width of an expert.
+"""
+
+import torch
+from torch import nn
+
+from octofold.kernels.permute import Order, permute, unpermute
+from octofold.kernels.registry import Kernels
+from octofold.parallel.apply import local
+from octofold.parallel.expert import LocalExperts
+from octofold.train.models.config import ModelConfig
+from octofold.train.models.layers import FeedForward
+
+
+class SigmoidGate(nn.Module):
+    """Affinities by sigmoid; the bias takes part in choosing and never in the weights (DeepSeek-V3, section 2.1.2)."""
+
+    load_E: torch.Tensor
+    e_score_correction_bias: torch.Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        experts = config.n_routed_experts
+        self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32))
+        self.register_buffer("load_E", torch.zeros(experts, dtype=torch.int64), persistent=False)
+
+    def reset_balance(self) -> None:
+        """Zero the bias and the counter (a model made on the meta device has neither)."""
+        self.e_score_correction_bias.zero_()
+        self.load_E.zero_()
+
+    def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Chosen experts, int64 [T, K], and their weights, FP32 (FP64 for FP64 input) [T, K]."""
+        exact = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
+        scores_TE = torch.sigmoid(nn.functional.linear(x_TD.to(exact), self.weight.to(exact)))
+        biased_TE = scores_TE.detach() + self.e_score_correction_bias
+        experts_TK = biased_TE.topk(self.config.num_experts_per_tok, dim=-1, sorted=False).indices
+        weights_TK = scores_TE.gather(1, experts_TK)
+        if self.config.norm_topk_prob:
+            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+        return experts_TK, weights_TK * self.config.routed_scaling_factor
+
+
+class StackedExperts(nn.Module):
+    """The feed-forward networks of all experts (of the local ones under expert parallelism), stacked [E, …]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+
+    def forward(self, x_ND: torch.Tensor, counts_E: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+        """[N, D], sorted by expert, to [N, D]."""
+        gate_up = kernels.grouped_mm(x_ND, local(self.gate_up_proj), counts_E)
+        return kernels.grouped_mm(kernels.swiglu(gate_up), local(self.down_proj), counts_E)
+
+
+class MixtureOfExperts(nn.Module):
+    """Shared experts plus the weighted sum of the chosen routed ones. Dropless."""
+
+    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.gate = SigmoidGate(config)
+        self.experts = StackedExperts(config)
+        shared_width = config.n_shared_experts * config.moe_intermediate_size
+        self.shared_experts = FeedForward(config.hidden_size, shared_width, kernels) if shared_width else None
+        self.run_experts = LocalExperts()
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        """[B, S, D] to [B, S, D]; in training mode the gate's `load_E` counts the copies sent to each expert."""
+        x_TD = x_BSD.flatten(0, 1)
+        experts_TK, weights_TK = self.gate(x_TD)
+        counts_E = torch.bincount(experts_TK.flatten(), minlength=self.gate.load_E.shape[0])
+        if self.training:
+            self.gate.load_E += counts_E
+        order = Order.by_expert(experts_TK.flatten())
+        copies_ND = permute(x_TD, order, copies=experts_TK.shape[1])
+        outputs_ND = self.run_experts(self.experts, copies_ND, counts_E, self.kernels)
+        routed_TD = unpermute(outputs_ND, weights_TK, order)
+        if self.shared_experts is not None:
+            routed_TD = routed_TD + self.shared_experts(x_TD)
+        return routed_TD.view_as(x_BSD)
