@@ -35,7 +35,7 @@ class DataConfig:
     shuffle: bool = True
     """Random order from the seed; hub always streams in order."""
     workers: int = 0
-    """Loader processes a rank; the order of samples does not depend on it."""
+    """Threads a rank that prepare coming steps; the order of samples does not depend on it."""
     cache_dir: str | None = None
     """Where tokenised data is kept; null: $OCTOFOLD_CACHE, else ~/.cache/octofold."""
 
@@ -66,5 +66,8 @@ def check(data: DataConfig) -> None:
         share = getattr(data, name)
         if not 0 <= share < 1:
             raise ConfigError(f"data.{name}", share, "a share lies in [0, 1)", f"data.{name}=0.01")
+    if data.bpe_vocab_size < 257:
+        rule = "a byte-level BPE begins with the 256 bytes and an end-of-text token"
+        raise ConfigError("data.bpe_vocab_size", data.bpe_vocab_size, rule, "data.bpe_vocab_size=8192")
     if data.workers < 0:
-        raise ConfigError("data.workers", data.workers, "a number of processes", "data.workers=0")
+        raise ConfigError("data.workers", data.workers, "a number of threads", "data.workers=0")

@@ -1,0 +1,259 @@
+"""A run's record: one JSON object a line in `metrics.jsonl`, copied to Weights & Biases and TensorBoard. Torch-free.
+
+A record is a flat dict with `kind` and `step`; its fields by kind (losses in nats, `expert_load` as shares that sum
+to 1 over a layer's experts):
+
+    train       loss, lr, grad_norm, tokens, tokens_per_s, step_s, time_s, imbalance, expert_load, unused_experts
+    validation  loss, loss_per_byte, tokens
+    final       validation_loss, validation_loss_per_byte, baselines (nats/byte by name), sample, train_s
+
+JSON has no NaN or infinity. Such a value is written as `null` and named in the record's `non_finite` field, a dict from
+its path (`loss`, `expert_load/3/0`) to `nan`, `inf` or `-inf`; `read_metrics` puts it back.
+"""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from octofold.backends.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+_TRACK_REMEDY = "pip install 'octofold[track]'"
+_log = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """Where records go besides the file."""
+
+    def log(self, step: int, scalars: dict[str, float], texts: dict[str, str]) -> None:
+        """Take one record's numbers and texts, named `kind/field`."""
+
+    def close(self) -> None:
+        """Write out what is held back."""
+
+
+class MetricsWriter:
+    """Appends records to `run_dir/metrics.jsonl` and hands them to the sinks; for one process of a job (rank 0)."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        run_name: str,
+        config: dict[str, Any],
+        wandb: bool,
+        tensorboard: bool,
+        resumed_step: int | None,
+    ) -> None:
+        """
+        Args:
+            run_dir: the run's folder; made if it does not exist.
+            run_name: a word for people.
+            config: the job's configuration as plain values, for Weights & Biases.
+            wandb: also log to Weights & Biases.
+            tensorboard: also write `run_dir/tensorboard`.
+            resumed_step: the step the run continues from. Records of later steps are dropped, since those steps are
+                about to be repeated. None starts afresh: an earlier file is set aside as `metrics-1.jsonl`, `-2`, ...
+
+        Raises:
+            UserError: a sink is not installed or cannot start.
+        """
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._sinks: list[Sink] = []
+        if wandb:
+            self._sinks.append(_WandbSink(run_dir, run_name, config, resumed_step))
+        if tensorboard:
+            self._sinks.append(_TensorBoardSink(run_dir, resumed_step))
+        path = run_dir / METRICS_FILE
+        if path.exists():
+            if resumed_step is None:
+                _set_aside(path)
+            else:
+                _keep_until(run_dir, resumed_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Write one record of plain values; it is in the operating system's hands when this returns.
+
+        Raises:
+            TypeError: a value that JSON does not know, such as a tensor; nothing is written then.
+        """
+        self._file.write(_encode(record) + "\n")
+        self._file.flush()
+        if self._sinks:
+            scalars, texts = _flatten(record)
+            for sink in self._sinks:
+                sink.log(record["step"], scalars, texts)
+
+    def close(self) -> None:
+        """Close the file and the sinks; may be called twice."""
+        self._file.close()
+        while self._sinks:
+            self._sinks.pop().close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of a run, in order; an empty list where the run has none.
+
+    A last line torn by a crash is passed over in silence; any other line that is no record is named in the log.
+    """
+    path = run_dir / METRICS_FILE
+    if not path.exists():
+        return []
+    *lines, tail = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate([*lines, tail], start=1):
+        record = _decode(line)
+        if record is not None:
+            records.append(record)
+        elif number <= len(lines):
+            _log.warning("%s, line %d is not a record; skipped", path, number)
+    return records
+
+
+def _encode(record: dict[str, Any]) -> str:
+    non_finite = {"/".join(path): str(value) for path, value in _leaves(record) if _is_non_finite(value)}
+    if non_finite:
+        record = {**_without_non_finite(record), "non_finite": non_finite}
+    return json.dumps(record, allow_nan=False)
+
+
+def _decode(line: bytes) -> dict[str, Any] | None:
+    """The record on a line, its non-finite values restored; None where the line holds no record."""
+    try:
+        record = json.loads(line)
+        if not isinstance(record["kind"], str) or not isinstance(record["step"], int):
+            return None
+        for path, value in record.pop("non_finite", {}).items():
+            *parents, last = path.split("/")
+            holder: Any = record
+            for key in parents:
+                holder = holder[int(key) if isinstance(holder, list) else key]
+            holder[int(last) if isinstance(holder, list) else last] = float(value)
+    except (ValueError, LookupError, AttributeError, TypeError):  # no JSON, no UTF-8, or not our fields
+        return None
+    return record
+
+
+def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every scalar inside nested dicts and lists, with the keys that lead to it."""
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from _leaves(child, (*path, str(key)))
+    elif isinstance(value, list | tuple):
+        for index, child in enumerate(value):
+            yield from _leaves(child, (*path, str(index)))
+    else:
+        yield path, value
+
+
+def _without_non_finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_non_finite(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_non_finite(child) for child in value]
+    return None if _is_non_finite(value) else value
+
+
+def _is_non_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _set_aside(path: Path) -> None:
+    number = 1
+    while (target := path.with_stem(f"{path.stem}-{number}")).exists():
+        number += 1
+    path.rename(target)
+
+
+def _keep_until(run_dir: Path, step: int) -> None:
+    """Rewrite the file without later steps and torn lines; a crash leaves the old file or the new one."""
+    kept = [record for record in read_metrics(run_dir) if record["step"] <= step]
+    path = run_dir / METRICS_FILE
+    draft = path.with_suffix(".tmp")
+    with draft.open("w", encoding="utf-8") as file:
+        file.writelines(_encode(record) + "\n" for record in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def _flatten(record: dict[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
+    """A record's numbers and texts named `kind/field`; a layer's expert load becomes its max ÷ mean."""
+    scalars: dict[str, float] = {}
+    texts: dict[str, str] = {}
+    kind = record["kind"]
+    for layer, shares in record.get("expert_load", {}).items():
+        scalars[f"imbalance/layer_{layer}"] = max(shares) * len(shares)
+    rest = {key: value for key, value in record.items() if key not in ("kind", "step", "expert_load")}
+    for path, value in _leaves(rest):
+        name = "/".join((kind, *path))
+        if isinstance(value, str):
+            texts[name] = value
+        elif value is not None:
+            scalars[name] = value
+    return scalars, texts
+
+
+class _WandbSink:
+    """Weights & Biases: online where somebody is logged in, else offline files in `run_dir/wandb`."""
+
+    def __init__(self, run_dir: Path, run_name: str, config: dict[str, Any], resumed_step: int | None) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(f"train.wandb=true: {error}\n  remedy: {_TRACK_REMEDY}, or train.wandb=false") from error
+        try:
+            # The user's WANDB_MODE has the last word. `login` only looks for credentials here: no prompt, no network.
+            mode: Literal["online", "offline"] | None = None
+            if "WANDB_MODE" not in os.environ:
+                mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+            # Each start is a run of its own in one group: W&B refuses steps that it has already seen.
+            self._run = wandb.init(
+                project="octofold",
+                name=run_name if resumed_step is None else f"{run_name}-from-{resumed_step}",
+                group=run_dir.resolve().name,
+                dir=str(run_dir),
+                config=config,
+                mode=mode,
+                # Its console capture would fight with the progress bar.
+                settings=wandb.Settings(console="off", init_timeout=30),
+            )
+        except wandb.Error as error:
+            remedy = "set WANDB_MODE=offline and `wandb sync` later, or train.wandb=false"
+            raise UserError(f"train.wandb=true: Weights & Biases: {error}\n  remedy: {remedy}") from error
+
+    def log(self, step: int, scalars: dict[str, float], texts: dict[str, str]) -> None:
+        self._run.log(scalars, step=step)
+        for name, text in texts.items():
+            self._run.summary[name] = text
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _TensorBoardSink:
+    """TensorBoard event files in `run_dir/tensorboard`."""
+
+    def __init__(self, run_dir: Path, resumed_step: int | None) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            message = f"train.tensorboard=true: {error}\n  remedy: {_TRACK_REMEDY}, or train.tensorboard=false"
+            raise UserError(message) from error
+        # Readers hide events from purge_step on: a curve that is about to be drawn again.
+        purge_step = None if resumed_step is None else resumed_step + 1
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+
+    def log(self, step: int, scalars: dict[str, float], texts: dict[str, str]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+        for name, text in texts.items():
+            self._writer.add_text(name, "    " + text.replace("\n", "\n    "), step)  # an indented block is code
+
+    def close(self) -> None:
+        self._writer.close()
