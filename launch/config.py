@@ -32,3 +32,5 @@ def check(launch: LaunchConfig) -> None:
         raise ConfigError(
             "launch.nproc_per_node", launch.nproc_per_node, "at least one rank", "launch.nproc_per_node=1"
         )
+    if not 0 <= launch.stop_deadline_s < float("inf"):
+        raise ConfigError("launch.stop_deadline_s", launch.stop_deadline_s, "a number of seconds", "30")

@@ -1,0 +1,142 @@
+"""The `octofold` command: finds the verb, and ends every user's mistake with one message and exit status 2.
+
+It imports nothing heavy, so that help comes at once; each verb imports what it needs.
+"""
+
+import difflib
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from octofold.backends.errors import UserError
+
+USAGE = """\
+usage: octofold VERB [ARGUMENTS] [KEY=VALUE ...] [--FLAGS]
+
+Pretrain DeepSeek-class mixture-of-experts models.
+
+verbs:
+  train     train a model, or go on with a run
+  sample    write text from a run's newest checkpoint
+  report    draw a run: loss, expert load, throughput
+
+  octofold VERB --help          what a verb takes
+  octofold --version
+  eval "$(octofold -sc install=bash)"    tab completion (or zsh, fish)
+"""
+
+TRAIN_USAGE = """\
+usage: octofold train [GROUP=OPTION ...] [KEY=VALUE ...] [--FLAGS]
+
+Trains and writes one folder: config.yaml, metrics.jsonl, checkpoints/step_N, logs.
+
+  octofold train experiment=quickstart
+  octofold train model=moe_10m data=text data.path='corpus/*.txt' train.steps=2000
+  octofold train launch.nproc_per_node=4 parallel.expert=4
+  octofold train resume=runs/NAME train.steps=3000          go on with a run (or RUN/checkpoints/step_N)
+  octofold train run_dir=runs/mine resume=auto              go on if it holds a checkpoint, else begin
+
+groups: model data parallel precision optim train backend kernels engine checkpoint launch experiment
+
+flags:
+  --cfg job          print the whole configuration and stop (--package KEY: one part of it)
+  --info [WHAT]      how Hydra composes it: defaults, defaults-tree, config, plugins, searchpath or all
+  --multirun, -m     several values make several jobs, one after the other: train.seed=0,1,2
+  --config-dir DIR   also look for group options in DIR, such as DIR/experiment/mine.yaml
+
+Started by torchrun, Slurm or another launcher that sets RANK and WORLD_SIZE, it joins as that rank.
+"""
+
+SAMPLE_USAGE = """\
+usage: octofold sample RUN PROMPT [sample.KEY=VALUE ...]
+
+Prints the prompt and what the newest checkpoint of the run makes of it.
+
+  sample.tokens=200         how many tokens
+  sample.temperature=0.8    0 always takes the likeliest token
+  sample.top_k=50           draw from the k likeliest only; 0: from all
+  sample.seed=0
+"""
+
+REPORT_USAGE = """\
+usage: octofold report RUN
+
+Draws loss, learning rate, gradient norm, expert load and throughput of a run, as PNG files and one HTML page.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns its exit status.
+
+    0: fine; 1: the run failed; 2: the user's mistake, told on stderr; 128 + signal: interrupted.
+
+    Args:
+        argv: what follows `octofold`; None: the process's own arguments.
+    """
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"octofold: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _run(argv: list[str]) -> int:
+    if not argv:
+        print(USAGE, end="", file=sys.stderr)
+        return 2
+    verb, rest = argv[0], argv[1:]
+    if verb in ("--help", "-h"):
+        print(USAGE, end="")
+    elif verb == "--version":
+        from importlib.metadata import version
+
+        print(f"octofold {version('octofold')}")
+    elif verb in ("-sc", "--shell-completion"):
+        from octofold.launch.completion import complete
+
+        complete(rest[0] if rest else "", list(VERBS))
+    elif verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        remedy = f"octofold {near[0]}" if near else "octofold --help"
+        raise UserError(f"{verb}\n  rule:   the verb is one of: {', '.join(VERBS)}\n  remedy: {remedy}")
+    elif rest[:1] in (["--help"], ["-h"]):
+        print(VERBS[verb][1], end="")
+    else:
+        return VERBS[verb][0](rest)
+    return 0
+
+
+def _sample(argv: list[str]) -> int:
+    if len(argv) < 2:
+        raise UserError("sample\n  rule:   it takes a run and a prompt\n  remedy: octofold sample RUN 'PROMPT'")
+    from octofold.launch.sample import run
+
+    print(run(argv[0], argv[1], argv[2:]))
+    return 0
+
+
+def _report(argv: list[str]) -> int:
+    if len(argv) != 1:
+        raise UserError("report\n  rule:   it takes one run\n  remedy: octofold report RUN")
+    from pathlib import Path
+
+    from octofold.launch.report import report
+
+    for path in report(Path(argv[0]).expanduser().absolute()):
+        print(path)
+    return 0
+
+
+def _train(argv: list[str]) -> int:
+    from octofold.launch.train import run
+
+    return run(argv)
+
+
+VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "train": (_train, TRAIN_USAGE),
+    "sample": (_sample, SAMPLE_USAGE),
+    "report": (_report, REPORT_USAGE),
+}

@@ -1,0 +1,137 @@
+"""`octofold train`: its flags, and who trains: this process, ranks it starts, or the rank a launcher made of it."""
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from octofold.backends.errors import ConfigError, UserError
+from octofold.launch.config import JobConfig
+from octofold.launch.job import Job, draft, settle
+from octofold.launch.local import Joined, join, start_ranks
+from octofold.launch.run_folder import config_node, default_run_dir, make_run_folder, restore_config, write_config
+
+
+def run(argv: list[str]) -> int:
+    """Do what the arguments of `octofold train` ask; returns the exit status.
+
+    Raises:
+        UserError: arguments or a configuration that cannot be honoured.
+    """
+    options = _parser().parse_intermixed_args(argv)
+    if options.info or options.cfg:
+        # Piped into head or a pager that closes early, they end silently like other tools.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        return _inform(options) if options.info else _show(options)
+    joined = join(os.environ)
+    if options.multirun and joined:
+        rule = "a launcher started this process as one rank of one job"
+        raise UserError(f"--multirun\n  rule:   {rule}\n  remedy: start the jobs one by one")
+    if options.multirun:
+        return _multirun(options)
+    if joined:
+        return _join(settle(options.overrides, options.config_dir, joined.world_size), joined)
+    job = settle(options.overrides, options.config_dir)
+    return _start(job, in_process=job.config.launch.nproc_per_node == 1)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}\n  rule:   key=value overrides and a few flags\n  remedy: octofold train --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="octofold train", add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--cfg", "-c", choices=["job"])
+    parser.add_argument("--package", "-p")
+    parser.add_argument("--resolve", action="store_true")  # Hydra has it; what is shown here is always resolved.
+    infos = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
+    parser.add_argument("--info", "-i", nargs="?", const="all", choices=infos)
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--config-dir", "-cd", action="append", default=[])
+    return parser
+
+
+def _inform(options: argparse.Namespace) -> int:
+    from octofold.launch.compose import CONFIG_NAME, compose, hydra_session, search_path
+
+    compose(options.overrides, options.config_dir)
+    with hydra_session() as session:
+        session.show_info(options.info, CONFIG_NAME, [*options.overrides, *search_path(options.config_dir)])
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from omegaconf import OmegaConf
+
+    from octofold.launch.compose import keys_of, nearest
+
+    node = config_node(draft(options.overrides, options.config_dir))
+    known = [*map(str, node), *keys_of(JobConfig)]
+    if options.package and options.package not in known:
+        near = nearest(options.package, known) or "train"
+        raise ConfigError("--package", options.package, "there is no such key", f"--package {near}")
+    shown = OmegaConf.select(node, options.package) if options.package else node
+    print(OmegaConf.to_yaml(shown).rstrip() if OmegaConf.is_config(shown) else shown)
+    return 0
+
+
+def _multirun(options: argparse.Namespace) -> int:
+    """Prove every job of the sweep, then run them one after the other, each in processes of its own."""
+    from octofold.launch.compose import expand
+
+    texts = expand(options.overrides, options.config_dir)
+    jobs = [settle(overrides, options.config_dir) for overrides in texts]
+    folders = [job.config.run_dir for job in jobs if job.config.run_dir is not None]
+    if len(set(folders)) < len(folders):
+        raise ConfigError("run_dir", folders[0], "each job of a sweep has a folder of its own", "leave run_dir out")
+    first_failure = 0
+    for number, (job, overrides) in enumerate(zip(jobs, texts, strict=True), start=1):
+        print(f"octofold: job {number} of {len(jobs)}: {shlex.join(overrides)}", file=sys.stderr)
+        status = _start(job, in_process=False)
+        if status > 128:
+            return status
+        first_failure = first_failure or status
+    return first_failure
+
+
+def _start(job: Job, in_process: bool) -> int:
+    """Run a job whose ranks nobody has started yet."""
+    run_dir = make_run_folder(job.config, resuming=job.reuse_folder)
+    config = replace(job.config, run_dir=str(run_dir))
+    previous = write_config(run_dir, config)
+    try:
+        status = _train_here(config, run_dir) if in_process else start_ranks(config.launch, run_dir)
+    except UserError:
+        restore_config(run_dir, previous)
+        raise
+    if status == 2:
+        restore_config(run_dir, previous)
+    return status
+
+
+def _join(job: Job, joined: Joined) -> int:
+    """Run as one rank of a launcher's job: all must find the same folder, and rank 0 writes its config.yaml."""
+    run_dir = job.config.run_dir
+    if run_dir is None:
+        if joined.job_id is None:
+            rule = "every rank must find the same folder, and the launcher gives the job no id"
+            raise ConfigError("run_dir", "null", rule, "run_dir=FOLDER")
+        run_dir = str(default_run_dir(job.config.name, joined.job_id))
+    config = replace(job.config, run_dir=str(Path(run_dir).expanduser().absolute()))
+    if joined.rank == 0:
+        return _start(replace(job, config=config), in_process=True)
+    # Only rank 0 can tell a folder that holds a run from one that it has begun to fill itself.
+    return _train_here(config, make_run_folder(config, resuming=True))
+
+
+def _train_here(config: JobConfig, run_dir: Path) -> int:
+    from octofold.train.main import train
+
+    outcome = train(config, run_dir)
+    return 0 if outcome.interrupted_by is None else 128 + outcome.interrupted_by

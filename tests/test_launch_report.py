@@ -1,0 +1,212 @@
+"""`octofold report` draws what a run recorded, whatever state the run is in, and refuses a folder without a run."""
+
+import base64
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from octofold.backends.errors import UserError
+from octofold.launch.report import report
+from octofold.launch.report_plots import PLOTS, smooth
+from octofold.train.metrics import MetricsWriter
+
+BAD_NAME = "a <b>&$x^"
+
+
+def make_run(
+    run_dir: Path,
+    *,
+    steps: int = 200,
+    layers: int = 3,
+    n_experts: int = 8,
+    bytes_per_token: float = 1.0,
+    validate: bool = True,
+    final: bool = True,
+    **broken: float,
+) -> Path:
+    """A run folder like a trainer's, a record every 10 steps; `broken` overrides fields of the last train record."""
+    rng = np.random.default_rng(0)
+    options = {"wandb": False, "tensorboard": False, "resumed_step": None}
+    writer = MetricsWriter(run_dir, run_name="test", config={}, **options)
+    for step in range(10, steps + 1, 10):
+        loss = 1.5 + 4 * math.exp(-step / 60)
+        shares_LE = rng.dirichlet(np.full(n_experts, 20.0), layers)
+        record = {
+            "kind": "train",
+            "step": step,
+            "loss": loss * bytes_per_token,
+            "lr": 1e-3,
+            "grad_norm": float(rng.lognormal()),
+            "tokens": step * 4096,
+            "tokens_per_s": 5400.0 + step,
+            "step_s": 0.7,
+            "time_s": 0.7 * step,
+            "unused_experts": 0,
+        }
+        if layers:
+            record["imbalance"] = float(shares_LE.max() * n_experts)
+            record["expert_load"] = {str(layer + 1): shares.tolist() for layer, shares in enumerate(shares_LE)}
+        writer.log(record | (broken if step == steps else {}))
+        if validate and step % 50 == 0:
+            losses = {"loss": loss * bytes_per_token, "loss_per_byte": loss}
+            writer.log({"kind": "validation", "step": step, "tokens": 32768, **losses})
+    if final:
+        writer.log(
+            {
+                "kind": "final",
+                "step": steps,
+                "validation_loss": 1.7 * bytes_per_token,
+                "validation_loss_per_byte": 1.7,
+                "baselines": {"unigram": 3.26, "bigram": 2.48, "trigram": 1.85},
+                "sample": "def f(x):\n    return x < 1 & '</pre><script>alert(1)</script>'\x1b[0m\ud800",
+                "train_s": 450.0,
+            }
+        )
+    writer.close()
+    return run_dir
+
+
+class Page(HTMLParser):
+    """Reads a page, checks that tags pair up, keeps texts, image sources and tags."""
+
+    VOID = frozenset({"meta", "img"})
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open_tags: list[str] = []
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert self.open_tags == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [value for key, value in attrs if key in ("src", "href")]
+        if tag not in self.VOID:
+            self.open_tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open_tags.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def pixels(path: Path) -> np.ndarray:
+    from matplotlib.image import imread
+
+    return imread(path)
+
+
+def test_a_finished_run_gets_every_plot_and_a_page(tmp_path):
+    run_dir = make_run(tmp_path / "run")
+    config = {"name": BAD_NAME, "model": {"hidden_size": 256, "q_lora_rank": None}, "data": {"path": "<x>&"}}
+    (run_dir / "config.yaml").write_text(json.dumps(config | {"train": None}))  # JSON is YAML
+    paths = report(run_dir)
+    names = ["overview.png", *(f"{name}.png" for name in PLOTS), "index.html"]
+    assert [path.name for path in paths] == names
+    for path in paths[:-1]:
+        image = pixels(path)
+        assert image.shape[0] > 400
+        assert image.shape[1] > 800
+        drawn = (image[..., :3] < 0.9).any(axis=-1).mean()
+        assert 0.005 < drawn < 0.9, f"{path.name}: {drawn:.1%} of the pixels are drawn on"
+    page = Page(paths[-1])
+    assert page.tags.count("img") == len(PLOTS)
+    assert "script" not in page.tags
+    for source, path in zip(page.sources, paths[1:-1], strict=True):  # nothing is fetched from elsewhere
+        assert base64.b64decode(source.removeprefix("data:image/png;base64,")) == path.read_bytes()
+    assert BAD_NAME in page.text
+    assert "better than the trigram model by 0.150" in page.text
+    assert "return x < 1 & '</pre><script>alert(1)</script>'" in page.text
+    assert "\x1b" not in page.text
+    assert "model.hidden_size256" in page.text
+    assert "data.path<x>&" in page.text
+    assert "q_lora_rank" not in page.text
+    assert "1.7000 nats/token, 1.7000 nats/byte (step 200)" in page.text
+
+
+def loss_axes(run_dir: Path):
+    from matplotlib.figure import Figure
+
+    from octofold.train.metrics import read_metrics
+
+    axes = Figure().subplots()
+    PLOTS["loss"](axes, read_metrics(run_dir))
+    return axes
+
+
+def test_losses_and_baselines_share_nats_a_byte(tmp_path):
+    axes = loss_axes(make_run(tmp_path, bytes_per_token=3.4))
+    lines = {line.get_label(): line for line in axes.lines}
+    assert axes.get_ylabel() == "loss (nats/byte)"
+    assert lines["training (÷ 3.40 bytes/token)"].get_ydata()[-1] == pytest.approx(1.5 + 4 * math.exp(-200 / 60))
+    assert list(lines["validation"].get_xdata()) == [50, 100, 150, 200]
+    assert lines["validation"].get_ydata()[-1] == pytest.approx(1.7)
+    assert lines["trigram bytes: 1.85"].get_ydata()[0] == 1.85
+
+
+def test_without_a_validation_the_loss_stays_in_nats_a_token(tmp_path):
+    axes = loss_axes(make_run(tmp_path, validate=False, final=False))
+    assert axes.get_ylabel() == "loss (nats/token)"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"final": False},
+        {"steps": 10, "validate": False, "final": False},
+        {"steps": 10, "loss": math.nan, "grad_norm": math.inf, "tokens_per_s": math.nan, "imbalance": math.nan},
+        {"loss": math.nan, "grad_norm": 0.0},
+        {"layers": 0, "final": False},
+        {"steps": 30, "layers": 40, "n_experts": 64},
+        {"steps": 30, "layers": 2, "n_experts": 1},
+    ],
+    ids=["unfinished", "one record", "one broken record", "NaN at the end", "dense", "wide", "one expert"],
+)
+def test_any_state_of_a_run_can_be_drawn(tmp_path, options):
+    *_, page = report(make_run(tmp_path, **options))
+    text = Page(page).text
+    assert ("has not ended yet" in text) == (options.get("final", True) is False)
+
+
+def test_a_second_report_replaces_the_first(tmp_path):
+    assert report(make_run(tmp_path)) == report(tmp_path)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="not a run folder"):
+        report(tmp_path / "missing")
+    with pytest.raises(UserError, match="not a run folder"):
+        report(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "validation", "step": 1}\n{"kind": "tra')
+    with pytest.raises(UserError, match="no training records"):
+        report(tmp_path)
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize("text", ["a: [", "- a\n- b\n", "just words", "\x00"])
+def test_a_broken_config_is_refused_by_name(tmp_path, text):
+    make_run(tmp_path, steps=10)
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        report(tmp_path)
+
+
+def test_smoothing_has_no_lag_and_leaves_gaps_at_non_finite_values():
+    ramp = np.arange(200.0)
+    assert np.allclose(smooth(ramp), ramp)
+    ramp[50] = np.nan
+    smoothed = smooth(ramp)
+    assert np.isnan(smoothed[50])
+    assert np.isfinite(np.delete(smoothed, 50)).all()
+    noise = np.random.default_rng(0).normal(size=400)
+    assert smooth(noise).std() < 0.4 * noise.std()
