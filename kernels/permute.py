@@ -66,7 +66,8 @@ class _Unpermute(torch.autograd.Function):
         grad_weights = torch.bmm(y_TKD, grad_TD[:, :, None])[:, :, 0].to(weights_TK.dtype)
         copies = weights_TK.shape[1]
         grad_y = grad_TD.index_select(0, sorted_N // copies)
-        grad_y.mul_(weights_TK.flatten().index_select(0, sorted_N)[:, None])
+        # In the dtype of y: a mixed in-place product would go through two temporary copies.
+        grad_y.mul_(weights_TK.flatten().index_select(0, sorted_N).to(grad_y.dtype)[:, None])
         return grad_y, grad_weights, None, None
 
 

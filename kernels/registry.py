@@ -20,6 +20,7 @@ PROVIDERS: dict[str, dict[str, str]] = {
         "reference": "octofold.kernels.reference.attention",
     },
     "grouped_mm": {
+        "cpu": "octofold.kernels.cpu_grouped_mm",
         "torch": "octofold.kernels.torch_grouped_mm",
         "reference": "octofold.kernels.reference.grouped_mm",
     },

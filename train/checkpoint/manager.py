@@ -41,6 +41,13 @@ def find(where: Path) -> Path:
     return folders[max(folders)]
 
 
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint if it is there; the manifest goes first, so that half a checkpoint never passes for one."""
+    if folder.exists():
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
 class Checkpointer:
     """Saves and loads one run's checkpoints. Every method is collective: all ranks call it together."""
 
@@ -55,13 +62,15 @@ class Checkpointer:
         """
         final = self.run_dir / "checkpoints" / f"step_{step}"
         partial = final.with_name(f".step_{step}.partial")
-        self._on_first_rank(lambda: self._make_empty(partial), final)
+        self._on_first_rank(lambda: self._begin(partial), final)
         try:
             write_tensors(partial, tensors)
         except CheckpointException as error:
+            self._on_first_rank(self._remove_partials, final)
             reasons = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
             raise self._unwritable(final, reasons) from None
         self._on_first_rank(lambda: self._publish(partial, final, state), final)
+        self._on_first_rank(lambda: self._retire(step), final)
         return final
 
     def load(self, folder: Path, tensors: dict[str, torch.Tensor], *, whole: bool = True) -> dict[str, Any]:
@@ -74,19 +83,38 @@ class Checkpointer:
         read_tensors(folder, tensors, whole=whole)
         return state
 
-    @staticmethod
-    def _make_empty(folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+    def _begin(self, partial: Path) -> None:
+        self._remove_partials()
+        partial.mkdir(parents=True)
+
+    def _remove_partials(self) -> None:
+        """Free the room of what was never published."""
+        for folder in (self.run_dir / "checkpoints").glob(".step_*.partial"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _publish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
-        write_manifest(partial, state)
-        if final.exists():
-            shutil.rmtree(final)
+        try:
+            write_manifest(partial, state)
+        except OSError:
+            self._remove_partials()
+            raise
+        _remove(final)
         partial.rename(final)
-        steps = list(published(self.run_dir).items())
-        for _, folder in steps[: -self.config.keep] if self.config.keep else []:
-            shutil.rmtree(folder)
+
+    def _retire(self, step: int) -> None:
+        """Keep the newest, of which `step` is the last.
+
+        Later steps belong to a course that was left when the run was resumed from an earlier checkpoint, and would be
+        taken for the newest. They are set aside: nobody asked to delete them.
+        """
+        steps = published(self.run_dir)
+        for later in [number for number in steps if number > step]:
+            folder = steps.pop(later)
+            aside = folder.with_name(f"{folder.name}.left_at_{step}")
+            _remove(aside)
+            folder.rename(aside)
+        for folder in list(steps.values())[: -self.config.keep] if self.config.keep else []:
+            _remove(folder)
 
     def _on_first_rank(self, action: Callable[[], None], final: Path) -> None:
         """Run `action` on rank 0 and let every rank know whether it failed."""

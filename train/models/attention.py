@@ -55,8 +55,8 @@ class LatentAttention(nn.Module):
         latent_BSc, k_BSr = self.kv_a_proj_with_mqa(x_BSD).split([c.kv_lora_rank, r], dim=-1)
         k_BSHn, v_BSHv = self.kv_b_proj(self.kv_a_layernorm(latent_BSc)).view(B, S, H, n + v).split([n, v], dim=-1)
         k_BSHr = rotate(k_BSr[:, :, None], *rope).expand(B, S, H, r)
-        q_BHSd = torch.cat([q_BSHn, rotate(q_BSHr, *rope)], dim=-1).transpose(1, 2)
-        k_BHSd = torch.cat([k_BSHn, k_BSHr], dim=-1).transpose(1, 2)
+        q_BHSd = torch.cat([q_BSHn.transpose(1, 2), rotate(q_BSHr, *rope).transpose(1, 2)], dim=-1)
+        k_BHSd = torch.cat([k_BSHn.transpose(1, 2), k_BSHr.transpose(1, 2)], dim=-1)
         out_BHSv = self.kernels.attention(
             q_BHSd, k_BHSd, v_BSHv.transpose(1, 2), scale=c.qk_head_dim**-0.5, doc_ids_BS=doc_ids_BS
         )

@@ -1,0 +1,31 @@
+"""Validation loss over a fixed set of sequences, split over the data ranks."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from octofold.backends.collectives import all_reduce_sum
+from octofold.train.data.batch import Batch
+from octofold.train.loss import summed_cross_entropy, valid_tokens
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], *, mask_documents: bool, device: torch.device
+) -> tuple[float, int]:
+    """Mean nats a token over all ranks' batches, and the tokens counted. Collective; leaves the model in training mode.
+
+    Args:
+        batches: the same number on every rank.
+    """
+    model.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch in batches:
+        batch = batch.to(device)
+        logits = model(batch.tokens_BS, batch.positions_BS, batch.doc_ids_BS if mask_documents else None)
+        totals[0] += summed_cross_entropy(logits, batch.labels_BS)
+        totals[1] += valid_tokens(batch.labels_BS)
+    model.train()
+    nats, tokens = all_reduce_sum(totals).tolist()
+    return nats / max(tokens, 1), int(tokens)

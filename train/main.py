@@ -1,0 +1,113 @@
+"""One rank of a training run, from a configuration to its last checkpoint."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from octofold.backends.base import Backend
+from octofold.backends.process_group import RankInfo, joined
+from octofold.backends.registry import resolve
+from octofold.train.build import build_model, startup_sections
+from octofold.train.checkpoint.manager import Checkpointer, find
+from octofold.train.config import RunConfig
+from octofold.train.console import Console
+from octofold.train.data.build import build_data
+from octofold.train.engines.native import NativeEngine
+from octofold.train.metrics import MetricsWriter
+from octofold.train.stop import StopSignals
+from octofold.train.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    step: int
+    interrupted_by: int | None = None
+    """The signal that stopped it before its last step."""
+
+
+def train(config: RunConfig, run_dir: Path) -> Outcome:
+    """Train as configured, on the rank that the environment names (RANK, WORLD_SIZE, LOCAL_RANK; else a world of one).
+
+    Collective: every rank of the job calls it with the same arguments. `config` must be validated
+    (`train.config.validate`); `config.resume` names what to continue from.
+
+    Raises:
+        UserError: data, a checkpoint, the device or the disk cannot serve; nothing already saved is lost.
+    """
+    info = RankInfo.from_environment()
+    console = Console(enabled=info.rank == 0)
+    backend = resolve(config.backend.name)
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    with StopSignals() as stop, joined(backend, config.backend, info):
+        trainer = build_trainer(config, run_dir, backend, info, console)
+        try:
+            return _run(trainer, stop, console, run_dir)
+        finally:
+            trainer.loader.close()
+            if trainer.metrics is not None:
+                trainer.metrics.close()
+
+
+def build_trainer(config: RunConfig, run_dir: Path, backend: Backend, info: RankInfo, console: Console) -> Trainer:
+    """Everything of a run on this rank, standing where `config.resume` says. Collective, over the default process group.
+
+    Raises:
+        UserError: see `train`.
+    """
+    device = backend.device(info.local_rank)
+    data = build_data(
+        config.data,
+        seed=config.train.seed,
+        run_dir=run_dir,
+        validation_sequences=config.train.eval_sequences,
+        log=console.info,
+    )
+    built = build_model(config, device, data.tokenizer.vocab_size)
+    capabilities = backend.capabilities(info.local_rank)
+    console.startup(config.name, startup_sections(config, built, backend, capabilities, info, data, run_dir))
+    trainer = Trainer(
+        config,
+        model=built.model,
+        engine=NativeEngine(built.model, config.optim, config.train.steps),
+        data=data,
+        loader=data.loader(
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+            data_rank=info.rank,
+            data_ranks=config.parallel.data,
+        ),
+        checkpointer=Checkpointer(run_dir, config.checkpoint, device),
+        console=console,
+        metrics=None,
+        rank=info.rank,
+        device=device,
+    )
+    if config.resume:
+        checkpoint = find(Path(config.resume))
+        trainer.load(checkpoint)
+        console.info(f"continuing from {checkpoint}")
+    if info.rank == 0:
+        trainer.metrics = MetricsWriter(
+            run_dir,
+            run_name=run_dir.name,
+            config=asdict(config),
+            wandb=config.train.wandb,
+            tensorboard=config.train.tensorboard,
+            resumed_step=trainer.progress.step if config.resume else None,
+        )
+    return trainer
+
+
+def _run(trainer: Trainer, stop: StopSignals, console: Console, run_dir: Path) -> Outcome:
+    steps = trainer.config.train.steps
+    if trainer.progress.step >= steps:
+        console.info(f"nothing to do: the run stands at step {trainer.progress.step}; set train.steps above that")
+        return Outcome(trainer.progress.step)
+    if not trainer.run(stop):
+        console.info(f"stopped at step {trainer.progress.step}; saved {trainer.last_checkpoint}")
+        return Outcome(trainer.progress.step, stop.received)
+    console.final(trainer.finish(), run_dir=run_dir, checkpoint=trainer.last_checkpoint)
+    return Outcome(trainer.progress.step)
