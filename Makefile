@@ -24,7 +24,7 @@ INSTALL_INPUTS := pyproject.toml $(CONSTRAINTS)
 .PHONY: help train test test-slow lint format clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,9p'
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 $(VENV)/bin/python:
 	@echo "octofold: making $(VENV) with $$($(PYTHON) --version)"

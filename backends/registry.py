@@ -1,8 +1,7 @@
 """Backends by name. Dotted names, imported on use."""
 
-from importlib import import_module
-
 from octofold.backends.base import Backend
+from octofold.backends.dotted import is_dotted, load_dotted
 from octofold.backends.errors import ConfigError, unknown_name_error
 
 BACKENDS = {
@@ -13,16 +12,19 @@ BACKENDS = {
 
 
 def load(name: str) -> Backend:
-    """The backend of that name, available or not.
+    """The backend of that name (or a user's own, as package.module:Class), available or not.
 
     Raises:
         ConfigError: no backend has the name.
     """
-    if name not in BACKENDS:
+    if name not in BACKENDS and not is_dotted(name):
         raise unknown_name_error("backend.name", name, ["auto", *BACKENDS])
-    module, attribute = BACKENDS[name].split(":")
-    backend: Backend = getattr(import_module(module), attribute)()
-    return backend
+    backend = load_dotted(BACKENDS.get(name, name), "backend.name")
+    if not (isinstance(backend, type) and issubclass(backend, Backend)):
+        raise ConfigError(
+            "backend.name", name, "a backend is a class derived from octofold.backends.base.Backend", "auto"
+        )
+    return backend()
 
 
 def resolve(name: str) -> Backend:

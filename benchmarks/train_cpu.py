@@ -21,11 +21,10 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from octofold.backends.config import BackendConfig
 from octofold.backends.process_group import RankInfo, joined
 from octofold.backends.registry import resolve
-from octofold.train.build import build_model
+from octofold.train.build import build_engine, build_model
 from octofold.train.config import OptimConfig, RunConfig, TrainConfig, validate
 from octofold.train.data.build import build_data
 from octofold.train.data.config import DataConfig
-from octofold.train.engines.native import NativeEngine
 from octofold.train.loss import summed_cross_entropy
 from octofold.train.models.config import ModelConfig
 
@@ -95,7 +94,7 @@ def peer_step(peer: DeepseekV3ForCausalLM, *, autocast: bool) -> Step:
 def octofold_step(config: RunConfig, vocab_size: int, weights: dict[str, torch.Tensor]) -> Step:
     """A training step of Octofold, starting from the peer's weights."""
     model = build_model(config, torch.device("cpu"), vocab_size).model
-    engine = NativeEngine(model, config.optim, total_updates=1000)
+    engine = build_engine(model, config.optim, total_updates=1000)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             source = weights[name if name.startswith("lm_head") else f"model.{name}"]

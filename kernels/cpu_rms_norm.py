@@ -10,24 +10,30 @@ def why_unsupported(workload: Workload) -> str | None:
     return None if workload.device_type == "cpu" else f"made for CPUs, the run is on {workload.device_type}"
 
 
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 class _RmsNorm(torch.autograd.Function):
+    # Operands are cast before they meet: an in-place product of two dtypes goes through temporary copies.
     @staticmethod
     def forward(ctx, x, weight, eps):
-        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        exact = _exact(x.dtype)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
         inverse_rms = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse_rms)
-        return (x.to(exact) * inverse_rms).mul_(weight).to(x.dtype)
+        return (x.to(exact) * inverse_rms).mul_(weight.to(exact)).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         # With n = x·r, r = 1/√(mean x² + eps): dx = r·(g·w − n·mean(g·w·n)), dw = Σ g·n.
         x, weight, inverse_rms = ctx.saved_tensors
-        normed = x.to(inverse_rms.dtype) * inverse_rms
-        product = normed * grad
+        exact = _exact(x.dtype)
+        normed, weight_exact = x.to(exact) * inverse_rms, weight.to(exact)
+        product = normed * grad.to(exact)
         grad_weight = product.flatten(0, -2).sum(0)
-        mean = product.mul_(weight).mean(-1, keepdim=True)
-        grad_x = normed.mul_(mean).neg_().addcmul_(grad.to(normed.dtype), weight.to(normed.dtype)).mul_(inverse_rms)
+        mean = product.mul_(weight_exact).mean(-1, keepdim=True)
+        grad_x = (grad.to(exact) * weight_exact).sub_(normed.mul_(mean)).mul_(inverse_rms)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 

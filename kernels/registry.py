@@ -1,15 +1,17 @@
 """Which provider computes which op: chosen once at start, with the reason for every rejection.
 
 To add a provider for an existing op: write the function in a file of its own, add a line here, and hold it to the
-reference in tests/test_kernels_providers.py (docs/extending.md).
+reference in tests/test_kernels_providers.py (docs/extending.md). A provider of your own needs no line: name it as
+package.module:function, with `why_unsupported` beside it.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
+from typing import Any
 
 import torch
 
+from octofold.backends.dotted import is_dotted, load_dotted
 from octofold.backends.errors import ConfigError, unknown_name_error
 from octofold.kernels.config import KernelsConfig
 
@@ -77,17 +79,27 @@ def choose(config: KernelsConfig, workload: Workload) -> tuple[Kernels, list[Cho
     functions, choices = {}, []
     for op, providers in PROVIDERS.items():
         choice = _choose_one(op, getattr(config, op), providers, workload)
-        functions[op] = getattr(import_module(providers[choice.provider]), op)
+        functions[op] = _load(op, choice.provider)
         choices.append(choice)
     return Kernels(**functions), choices
 
 
+def _load(op: str, provider: str, attribute: str | None = None) -> Callable[..., Any]:
+    """The function that computes `op`, or another attribute of its provider's module."""
+    target = provider if is_dotted(provider) else f"{PROVIDERS[op][provider]}:{op}"
+    if attribute:
+        target = f"{target.partition(':')[0]}:{attribute}"
+    function = load_dotted(target, f"kernels.{op}")
+    assert callable(function), f"{target} is no function"
+    return function
+
+
 def _choose_one(op: str, wanted: str, providers: dict[str, str], workload: Workload) -> Choice:
-    if wanted not in ("auto", *providers):
+    if wanted not in ("auto", *providers) and not is_dotted(wanted):
         raise unknown_name_error(f"kernels.{op}", wanted, ["auto", *providers])
     rejected: dict[str, str] = {}
     for name in providers if wanted == "auto" else [wanted]:
-        reason = import_module(providers[name]).why_unsupported(workload)
+        reason = _load(op, name, "why_unsupported")(workload)
         if reason is None:
             return Choice(op, name, rejected)
         rejected[name] = reason

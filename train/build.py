@@ -10,11 +10,15 @@ from octofold.backends.process_group import RankInfo
 from octofold.kernels.registry import Choice, Workload, choose
 from octofold.parallel.apply import apply_plan
 from octofold.parallel.mesh import Meshes, build_meshes
-from octofold.train.config import RunConfig
+from octofold.train.config import OptimConfig, RunConfig
 from octofold.train.data.build import Data
+from octofold.train.engines.native import NativeEngine
 from octofold.train.models.config import ModelConfig
 from octofold.train.models.decoder import Decoder
 from octofold.train.models.init import initialise
+from octofold.train.models.registry import load_architecture
+from octofold.train.optim.adamw import build_adamw
+from octofold.train.optim.schedule import learning_rate
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 VOCABULARY_MULTIPLE = 64
@@ -56,7 +60,7 @@ def build_model(config: RunConfig, device: torch.device, tokenizer_size: int) ->
     workload = Workload(device.type, compute_dtype, (shape.hidden_size, shape.moe_intermediate_size))
     kernels, choices = choose(config.kernels, workload)
     with torch.device("meta"):
-        model = Decoder(shape, kernels).to(master_dtype)
+        model = load_architecture(shape.architecture)(shape, kernels).to(master_dtype)
     total, active = count_parameters(model)
     plan = model.plan()
     meshes = build_meshes(config.parallel, device.type)
@@ -66,6 +70,16 @@ def build_model(config: RunConfig, device: torch.device, tokenizer_size: int) ->
         gate.reset_balance()
     initialise(model, seed=config.train.seed, std=shape.initializer_range, stacked=plan.experts)
     return BuiltModel(model, meshes, choices, total, active)
+
+
+def build_engine(model: Decoder, optim: OptimConfig, total_updates: int) -> NativeEngine:
+    """The engine with its optimiser and schedule."""
+    return NativeEngine(
+        model,
+        build_adamw(model, optim),
+        clip_norm=optim.clip_norm,
+        learning_rate=lambda update: learning_rate(optim, update, total_updates),
+    )
 
 
 def startup_sections(

@@ -8,12 +8,11 @@ import torch
 from octofold.backends.base import Backend
 from octofold.backends.process_group import RankInfo, joined
 from octofold.backends.registry import resolve
-from octofold.train.build import build_model, startup_sections
+from octofold.train.build import build_engine, build_model, startup_sections
 from octofold.train.checkpoint.manager import Checkpointer, find
 from octofold.train.config import RunConfig
 from octofold.train.console import Console
 from octofold.train.data.build import build_data
-from octofold.train.engines.native import NativeEngine
 from octofold.train.metrics import MetricsWriter
 from octofold.train.stop import StopSignals
 from octofold.train.trainer import Trainer
@@ -41,10 +40,12 @@ def train(config: RunConfig, run_dir: Path) -> Outcome:
     console = Console(enabled=info.rank == 0)
     backend = resolve(config.backend.name)
     torch.use_deterministic_algorithms(config.train.deterministic)
-    with StopSignals() as stop, joined(backend, config.backend, info):
+    with joined(backend, config.backend, info):
         trainer = build_trainer(config, run_dir, backend, info, console)
         try:
-            return _run(trainer, stop, console, run_dir)
+            # Only from here on is there anything to save: until now Ctrl-C ends the process at once.
+            with StopSignals() as stop:
+                return _run(trainer, stop, console, run_dir)
         finally:
             trainer.loader.close()
             if trainer.metrics is not None:
@@ -52,7 +53,7 @@ def train(config: RunConfig, run_dir: Path) -> Outcome:
 
 
 def build_trainer(config: RunConfig, run_dir: Path, backend: Backend, info: RankInfo, console: Console) -> Trainer:
-    """Everything of a run on this rank, standing where `config.resume` says. Collective, over the default process group.
+    """Everything of a run on this rank, standing where `config.resume` says. Collective over the default process group.
 
     Raises:
         UserError: see `train`.
@@ -71,7 +72,7 @@ def build_trainer(config: RunConfig, run_dir: Path, backend: Backend, info: Rank
     trainer = Trainer(
         config,
         model=built.model,
-        engine=NativeEngine(built.model, config.optim, config.train.steps),
+        engine=build_engine(built.model, config.optim, config.train.steps),
         data=data,
         loader=data.loader(
             global_batch_size=config.train.global_batch_size,

@@ -232,7 +232,6 @@ class Trainer:
             return
         began_s = time.monotonic()
         state: dict[str, Any] = {
-            "format": 1,
             "step": self.progress.step,
             "updates": self.engine.updates,
             "loader": self.loader.state_dict(),

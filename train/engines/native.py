@@ -1,5 +1,6 @@
 """The native engine: owns the optimiser step over parameters that FSDP2 shards."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,9 +8,6 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from octofold.parallel.norm import global_norm
-from octofold.train.config import OptimConfig
-from octofold.train.optim.adamw import build_adamw
-from octofold.train.optim.schedule import learning_rate
 
 
 @dataclass(frozen=True)
@@ -31,9 +29,21 @@ def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 class NativeEngine:
     """Backward, clip, update. `updates` counts the applied ones, which is what schedules go by."""
 
-    def __init__(self, model: nn.Module, optim: OptimConfig, total_updates: int) -> None:
-        self.model, self.optim, self.total_updates = model, optim, total_updates
-        self.optimizer = build_adamw(model, optim)
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.AdamW,
+        *,
+        clip_norm: float,
+        learning_rate: Callable[[int], float],
+    ) -> None:
+        """
+        Args:
+            clip_norm: bound of the global gradient norm; 0 switches clipping off.
+            learning_rate: the rate of the update after so many applied ones.
+        """
+        self.model, self.optimizer = model, optimizer
+        self.clip_norm, self.learning_rate = clip_norm, learning_rate
         self.updates = 0
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
@@ -47,12 +57,12 @@ class NativeEngine:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = global_norm(gradients)
         grad_norm = float(norm)
-        lr = learning_rate(self.optim, self.updates, self.total_updates)
+        lr = self.learning_rate(self.updates)
         applied = bool(torch.isfinite(norm))
         if applied:
-            if self.optim.clip_norm and grad_norm > self.optim.clip_norm:
+            if self.clip_norm and grad_norm > self.clip_norm:
                 for gradient in gradients:
-                    gradient.mul_(self.optim.clip_norm / grad_norm)
+                    gradient.mul_(self.clip_norm / grad_norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()

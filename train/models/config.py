@@ -13,6 +13,8 @@ class ModelConfig:
     """
 
     name: str = "deepseek"
+    architecture: str = "deepseek"
+    """deepseek, or a class of your own as package.module:Class (docs/extending.md)."""
     vocab_size: int = 0
     """0: the tokenizer's size, rounded up to a multiple of 64."""
     hidden_size: int = 256

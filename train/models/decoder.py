@@ -38,14 +38,16 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model."""
+    """A causal language model. Derive from it, or from its layer, for another architecture (docs/extending.md)."""
+
+    layer_class: type[DecoderLayer] = DecoderLayer
 
     def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         """`config.vocab_size` must be set; parameters are empty (train/models/init.py fills them)."""
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, kernels) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.layer_class(config, i, kernels) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
