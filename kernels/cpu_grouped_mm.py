@@ -10,6 +10,42 @@ def why_unsupported(workload: Workload) -> str | None:
     return None if workload.device_type == "cpu" else f"made for CPUs, the run is on {workload.device_type}"
 
 
+BLOCK_ROWS = 64
+
+
+def _parts(rows: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Rows multiplied as they are, and rows that are padded to one block first.
+
+    oneDNN compiles code for every new shape of a BF16 product, which costs more than the product; experts receive
+    another number of tokens at every step. Multiples of a block keep the shapes few.
+    """
+    rest = rows % BLOCK_ROWS if dtype == torch.bfloat16 else 0
+    return rows - rest, rest
+
+
+def _padded(x_rD: torch.Tensor) -> torch.Tensor:
+    block = x_rD.new_zeros(BLOCK_ROWS, x_rD.shape[1])
+    block[: x_rD.shape[0]] = x_rD
+    return block
+
+
+def _rows_mm(x_rD: torch.Tensor, w_DF: torch.Tensor, out_rF: torch.Tensor) -> None:
+    """out = x w."""
+    whole, rest = _parts(x_rD.shape[0], x_rD.dtype)
+    if whole:
+        torch.mm(x_rD[:whole], w_DF, out=out_rF[:whole])
+    if rest:
+        out_rF[whole:] = torch.mm(_padded(x_rD[whole:]), w_DF)[:rest]
+
+
+def _inner_mm(a_rF: torch.Tensor, b_rD: torch.Tensor, out_FD: torch.Tensor) -> None:
+    """out = aᵀ b, summed over the rows; the padded rows add zeros."""
+    whole, rest = _parts(a_rF.shape[0], a_rF.dtype)
+    torch.mm(a_rF[:whole].t(), b_rD[:whole], out=out_FD)
+    if rest:
+        out_FD += torch.mm(_padded(a_rF[whole:]).t(), _padded(b_rD[whole:]))
+
+
 class _GroupedMm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, w_EFD, counts_E):
@@ -17,7 +53,7 @@ class _GroupedMm(torch.autograd.Function):
         ctx.save_for_backward(x_ND, w_EFD)
         out_NF = x_ND.new_empty(x_ND.shape[0], w_EFD.shape[1])
         for x, w, out in zip(x_ND.split(ctx.sizes), w_EFD, out_NF.split(ctx.sizes), strict=True):
-            torch.mm(x, w.t(), out=out)
+            _rows_mm(x, w.t(), out)
         return out_NF
 
     @staticmethod
@@ -26,8 +62,8 @@ class _GroupedMm(torch.autograd.Function):
         grad_x, grad_w = torch.empty_like(x_ND), torch.empty_like(w_EFD)
         groups = (grad_NF.split(ctx.sizes), x_ND.split(ctx.sizes), w_EFD, grad_x.split(ctx.sizes), grad_w)
         for grad, x, w, into_x, into_w in zip(*groups, strict=True):
-            torch.mm(grad, w, out=into_x)
-            torch.mm(grad.t(), x, out=into_w)
+            _rows_mm(grad, w, into_x)
+            _inner_mm(grad, x, into_w)
         return grad_x, grad_w, None
 
 

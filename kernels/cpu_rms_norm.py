@@ -31,7 +31,7 @@ class _RmsNorm(torch.autograd.Function):
         exact = _exact(x.dtype)
         normed, weight_exact = x.to(exact) * inverse_rms, weight.to(exact)
         product = normed * grad.to(exact)
-        grad_weight = product.flatten(0, -2).sum(0)
+        grad_weight = product.reshape(-1, product.shape[-1]).sum(0)
         mean = product.mul_(weight_exact).mean(-1, keepdim=True)
         grad_x = (grad.to(exact) * weight_exact).sub_(normed.mul_(mean)).mul_(inverse_rms)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None

@@ -19,7 +19,8 @@ def learning_rate(optim: OptimConfig, update: int, total_updates: int) -> float:
         progress = min(1.0, (update - optim.warmup_steps) / span)
         return floor + (optim.lr - floor) * 0.5 * (1 + math.cos(math.pi * progress))
     if optim.schedule == "wsd":
-        decay = max(1.0, optim.decay_share * total_updates)
+        # Where warm-up reaches into the decay, the fall begins at its end: the rate never jumps.
+        decay = max(1.0, min(optim.decay_share * total_updates, total_updates - optim.warmup_steps))
         progress = min(1.0, max(0.0, (update - (total_updates - decay)) / decay))
         return optim.lr + (floor - optim.lr) * progress
     assert optim.schedule == "constant", optim.schedule

@@ -1,0 +1,47 @@
+"""Fixtures that many tests share: warm ranks, a world of one, poisoned memory; and hypothesis without chance."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+from octofold.backends.config import BackendConfig
+from octofold.backends.cpu import CpuBackend
+from octofold.backends.process_group import RankInfo, joined
+from octofold.parallel.local_ranks import LocalRanks
+
+settings.register_profile("octofold", deadline=None, derandomize=True, max_examples=25)
+settings.load_profile("octofold")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_torch_thread() -> None:
+    """Tensors here are tiny, and how a sum is split over threads decides its last bits."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], LocalRanks]]:
+    """`ranks(n)`: n processes in a gloo group, the same ones for the whole session."""
+    warm: dict[int, LocalRanks] = {}
+    yield lambda n: warm.setdefault(n, LocalRanks(n))
+    for started in warm.values():
+        started.close()
+
+
+@pytest.fixture
+def world_of_one() -> Iterator[None]:
+    """A default process group of this process alone."""
+    with joined(CpuBackend(), BackendConfig(threads=1), RankInfo()):
+        yield
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that torch.empty and its kin hand out holds NaN, so that what is not written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)

@@ -1,0 +1,243 @@
+"""What ranks do in the tests of parallel/, of collectives and of the engine. Every function runs on every rank."""
+
+import os
+import signal
+import time
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tiny_models import kernels_for, labels_of, positions_of, tokens_of
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+from octofold.backends.collectives import all_reduce_sum, all_to_all, exchange_counts
+from octofold.parallel.balance import gather_loads, update_biases
+from octofold.parallel.config import ParallelConfig, resolve
+from octofold.parallel.expert import ExchangedExperts, LocalExperts
+from octofold.parallel.mesh import build_meshes
+from octofold.parallel.norm import global_norm
+from octofold.train.build import BuiltModel, build_engine, build_model
+from octofold.train.config import OptimConfig, PrecisionConfig, RunConfig, TrainConfig
+from octofold.train.engines.native import NativeEngine
+from octofold.train.loss import summed_cross_entropy, valid_tokens
+from octofold.train.models.config import ModelConfig
+from octofold.train.models.decoder import Decoder
+from octofold.train.models.moe import StackedExperts
+
+UPDATES = 10
+"""What schedules span."""
+
+
+def whoami(*args: Any) -> tuple[Any, ...]:
+    """Rank, world size, process and the arguments."""
+    return dist.get_rank(), dist.get_world_size(), os.getpid(), args
+
+
+def fail_on(rank: int) -> None:
+    """Raise on one rank while the others wait for it."""
+    if dist.get_rank() == rank:
+        raise KeyError("the offender")
+    dist.barrier()
+
+
+def die_on(rank: int, signum: int | None) -> None:
+    """One rank dies, by a signal or with exit status 3, while the others wait for it."""
+    if dist.get_rank() == rank:
+        if signum is None:
+            os._exit(3)
+        os.kill(os.getpid(), signal.Signals(signum))
+    dist.barrier()
+
+
+def hang_on(rank: int) -> None:
+    """One rank never returns."""
+    if dist.get_rank() == rank:
+        time.sleep(600)
+
+
+def unpicklable() -> Any:
+    """A result that cannot travel."""
+    return lambda: None
+
+
+# --- exchanges -------------------------------------------------------------------------------------------------------
+
+
+def exchange(blocks: list[list[torch.Tensor]], cotangents: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """all_to_all of `blocks[source][target]`: what this rank received, and the gradient of what it sent."""
+    rank = dist.get_rank()
+    rows = torch.cat(blocks[rank]).requires_grad_()
+    send_counts, receive_counts = [len(b) for b in blocks[rank]], [len(sent[rank]) for sent in blocks]
+    received = all_to_all(rows, receive_counts, send_counts, dist.group.WORLD)
+    received.backward(cotangents[rank])
+    assert rows.grad is not None
+    return received.detach(), rows.grad
+
+
+def count_exchange(counts_RRL: torch.Tensor) -> torch.Tensor:
+    """exchange_counts of this rank's row of counts."""
+    return exchange_counts(counts_RRL[dist.get_rank()].contiguous(), dist.group.WORLD)
+
+
+def run_experts(
+    model: ModelConfig, weights: dict[str, torch.Tensor], x: list[torch.Tensor], counts: list[list[int]]
+) -> dict[str, torch.Tensor]:
+    """ExchangedExperts over all ranks on this rank's rows; the loss is Σ sin(y), whose gradient differs by element."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    held = model.n_routed_experts // ranks
+    own = {name: w[rank * held : (rank + 1) * held] for name, w in weights.items()}
+    return through_experts(ExchangedExperts(dist.group.WORLD), model, own, x[rank], counts[rank])
+
+
+def through_experts(
+    run: LocalExperts | ExchangedExperts,
+    model: ModelConfig,
+    weights: dict[str, torch.Tensor],
+    x: torch.Tensor,
+    counts: list[int],
+) -> dict[str, torch.Tensor]:
+    """Result `y`, and the gradients of `x` and of each weight, for the loss Σ sin(y)."""
+    experts = StackedExperts(model)
+    for name, weight in weights.items():
+        setattr(experts, name, nn.Parameter(weight.clone()))
+    x_ND = x.clone().requires_grad_()
+    y_ND = run(experts, x_ND, torch.tensor(counts), kernels_for(model, x.dtype))
+    y_ND.sin().sum().backward()
+    gradients = {"x": x_ND.grad, **{name: parameter.grad for name, parameter in experts.named_parameters()}}
+    return {"y": y_ND.detach(), **{name: g for name, g in gradients.items() if g is not None}}
+
+
+# --- whole models ----------------------------------------------------------------------------------------------------
+
+
+def build(model: ModelConfig, expert: int = 1, precision: str = "fp64", seed: int = 0) -> BuiltModel:
+    """The model on `expert` expert ranks, the rest data."""
+    config = RunConfig(
+        model=model,
+        parallel=resolve(ParallelConfig(expert=expert), dist.get_world_size()),
+        precision=PrecisionConfig(precision),
+        train=TrainConfig(seed=seed),
+    )
+    return build_model(config, torch.device("cpu"), model.vocab_size)
+
+
+def whole(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Unsplit copies by name."""
+    full = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in named}
+    return {name: tensor.detach().clone() for name, tensor in full.items()}
+
+
+def initial_weights(model: ModelConfig, expert: int, precision: str) -> dict[str, torch.Tensor]:
+    """Every parameter and bias of a model nothing has happened to, unsplit."""
+    return whole(build(model, expert, precision).model.state_dict().items())
+
+
+def backward(engine: NativeEngine, model: Decoder, tokens_BS: torch.Tensor, micro: int, factor: float = 1.0) -> float:
+    """Accumulate the gradients of the global mean loss (times `factor`) over this rank's share of the sequences.
+
+    Returns:
+        The global loss in nats a valid token.
+    """
+    labels_BS = labels_of(tokens_BS)
+    share = len(tokens_BS) // dist.get_world_size()
+    mine = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
+    parts = list(zip(tokens_BS[mine].split(micro), labels_BS[mine].split(micro), strict=True))
+    total = torch.zeros((), dtype=torch.float64)
+    for number, (tokens, labels) in enumerate(parts, start=1):
+        logits = model(tokens, positions_of(tokens))
+        loss = factor * summed_cross_entropy(logits, labels) / valid_tokens(labels_BS)
+        engine.backward(loss, last=number == len(parts))
+        total += loss.detach()
+    return float(all_reduce_sum(total))
+
+
+def gradients(model: ModelConfig, expert: int, tokens_BS: torch.Tensor, micro: int) -> dict[str, Any]:
+    """Loss, unsplit gradients, their global norm and the expert loads of one global batch."""
+    built = build(model, expert).model
+    engine = build_engine(built, OptimConfig(), 10)
+    loss = backward(engine, built, tokens_BS, micro)
+    named = [(name, p.grad) for name, p in built.named_parameters() if p.grad is not None]
+    loads_GE = gather_loads([gate.load_E for gate in built.gates().values()])
+    return {
+        "loss": loss,
+        "gradients": whole(named),
+        "norm": float(global_norm(gradient for _, gradient in named)),
+        "loads": loads_GE,
+    }
+
+
+def norms(model: ModelConfig, expert: int) -> tuple[float, float]:
+    """global_norm over the parameters of a split model and a replicated tensor, and the same from unsplit copies."""
+    built = build(model, expert)
+    replicated = distribute_tensor(torch.arange(5.0, dtype=torch.float64), built.meshes.experts, [Replicate()] * 2)
+    tensors = [*built.model.parameters(), replicated]
+    full = [tensor.full_tensor() for tensor in tensors if isinstance(tensor, DTensor)]
+    exact = torch.stack([tensor.double().square().sum() for tensor in full]).sum().sqrt()
+    return float(global_norm(tensors)), float(exact)
+
+
+def dtypes(model: ModelConfig, expert: int, precision: str) -> dict[str, Any]:
+    """How parameters are held, computed with and differentiated: dtypes, and the axes they are split over."""
+    built = build(model, expert, precision)
+    computed: dict[str, torch.dtype] = {}
+
+    def note(module: nn.Module, inputs: Any, name: str) -> None:
+        # Modules that are gathered on their own come later and have the last word.
+        computed.update({f"{name}.{key}": p.dtype for key, p in module.named_parameters()})
+
+    for name, module in built.model.named_modules():
+        module.register_forward_pre_hook(partial(note, name=name))
+    tokens_BS = tokens_of(model, 2, 5)
+    logits_BSV = built.model(tokens_BS, positions_of(tokens_BS))
+    logits_BSV.float().square().sum().backward()
+    parameters = dict(built.model.named_parameters())
+    return {
+        "logits": logits_BSV.dtype,
+        "computed": {name.lstrip("."): dtype for name, dtype in computed.items()},
+        "held": {name: p.dtype for name, p in parameters.items()},
+        "gradients": {name: p.grad.dtype for name, p in parameters.items() if p.grad is not None},
+        "axes": {name: p.device_mesh.mesh_dim_names for name, p in parameters.items() if isinstance(p, DTensor)},
+        "biases": {gate.e_score_correction_bias.dtype for gate in built.model.gates().values()},
+    }
+
+
+def mesh_ranks(expert: int) -> dict[str, Any]:
+    """This rank's coordinates, and the ranks that it shares each axis with."""
+    config = resolve(ParallelConfig(expert=expert), dist.get_world_size())
+    meshes = build_meshes(config, "cpu")
+    return {
+        "dense": meshes.dense.mesh.tolist(),
+        "experts": meshes.experts.mesh.tolist(),
+        "expert_group": dist.get_process_group_ranks(meshes.expert_group),
+        "expert_data": dist.get_process_group_ranks(meshes.experts["expert_data"].get_group()),
+    }
+
+
+def balance(loads_RGE: torch.Tensor, rate: float) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """Global loads, biases after an update from 0.5, and the counters, from this rank's loads."""
+    loads = list(loads_RGE[dist.get_rank()].clone())
+    biases = [torch.full((loads_RGE.shape[-1],), 0.5) for _ in loads]
+    loads_GE = gather_loads(loads)
+    update_biases(biases, loads_GE, rate)
+    return loads_GE, biases, loads
+
+
+# --- the engine ------------------------------------------------------------------------------------------------------
+
+
+def train_steps(
+    model: ModelConfig, optim: OptimConfig, expert: int, micro: int, factors: list[dict[int, float]]
+) -> dict[str, Any]:
+    """One optimiser step for each entry of `factors`: what this rank's loss is multiplied by (rank -> factor)."""
+    built = build(model, expert).model
+    engine = build_engine(built, optim, 10)
+    results, weights, cleared = [], [whole(engine.tensors().items())], []
+    for step, factor in enumerate(factors):
+        backward(engine, built, tokens_of(model, 4, 9, step), micro, factor.get(dist.get_rank(), 1.0))
+        results.append(engine.step())
+        weights.append(whole(engine.tensors().items()))
+        cleared.append(all(p.grad is None for p in built.parameters()))
+    return {"results": results, "weights": weights, "updates": engine.updates, "cleared": all(cleared)}

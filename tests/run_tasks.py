@@ -1,0 +1,203 @@
+"""What the ranks of a test do with a tiny run. Every function is collective, over the default process group."""
+
+import gc
+import io
+import signal
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from octofold.backends.config import BackendConfig
+from octofold.backends.errors import UserError
+from octofold.backends.process_group import RankInfo, joined
+from octofold.backends.registry import resolve
+from octofold.train.config import RunConfig
+from octofold.train.console import Console
+from octofold.train.engines.native import StepResult
+from octofold.train.main import build_trainer
+from octofold.train.metrics import read_metrics
+from octofold.train.sampling import generate
+from octofold.train.stop import StopSignals
+from octofold.train.trainer import Trainer
+
+Arrays = dict[str, np.ndarray]
+
+
+def alone(task: Callable[..., Any], *args: Any) -> Any:
+    """Call `task` here, on a world of one."""
+    with joined(resolve("cpu"), BackendConfig(threads=1), RankInfo()):
+        return task(*args)
+
+
+def build(config: RunConfig, run_dir: Path, stream: TextIO | None = None) -> Trainer:
+    """The trainer of this rank, on the process group that is there; rank 0 prints to `stream`."""
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    info = RankInfo(rank, world_size, rank, world_size)
+    return build_trainer(
+        config, run_dir, resolve(config.backend.name), info, Console(rank == 0, stream or io.StringIO())
+    )
+
+
+def whole(tensors: dict[str, torch.Tensor]) -> Arrays:
+    """Unsplit copies by name."""
+    full = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+    return {name: tensor.detach().numpy().copy() for name, tensor in full.items()}
+
+
+def run(config: RunConfig, run_dir: Path, stop_at: int | None = None) -> dict[str, Any]:
+    """Train to the end, or until the last rank alone is asked to stop during step `stop_at`; see `outcome`."""
+    trainer, stop = build(config, run_dir), StopSignals()
+
+    def ask(*_: object) -> None:
+        if trainer.progress.step + 1 == stop_at and dist.get_rank() == dist.get_world_size() - 1:
+            stop.received = signal.SIGTERM
+
+    trainer.model.lm_head.register_forward_hook(ask)
+    assert trainer.run(stop) == (stop_at is None)
+    return outcome(trainer, run_dir)
+
+
+def outcome(trainer: Trainer, run_dir: Path) -> dict[str, Any]:
+    """Close the run; its `records` of training steps, and on rank 0 every tensor as a checkpoint names it."""
+    trainer.loader.close()
+    tensors = whole(trainer.engine.tensors())
+    if trainer.metrics is not None:
+        trainer.metrics.close()
+    records = [record for record in read_metrics(run_dir) if record["kind"] == "train"]
+    return {
+        "records": records,
+        "tensors": tensors if dist.get_rank() == 0 else {},
+        "progress": asdict(trainer.progress),
+        "updates": trainer.engine.updates,
+    }
+
+
+def run_with_nan(config: RunConfig, run_dir: Path, bad_step: int) -> dict[str, Any]:
+    """`run`, with NaN logits at `bad_step` on the last rank alone; also what rank 0 `printed`."""
+    printed = io.StringIO()
+    trainer = build(config, run_dir, printed)
+
+    def spoil(module: nn.Module, inputs: tuple[torch.Tensor, ...], logits: torch.Tensor) -> torch.Tensor:
+        bad = trainer.progress.step + 1 == bad_step and dist.get_rank() == dist.get_world_size() - 1
+        return logits * float("nan") if bad else logits
+
+    trainer.model.lm_head.register_forward_hook(spoil)
+    assert trainer.run(StopSignals())
+    return {**outcome(trainer, run_dir), "printed": printed.getvalue()}
+
+
+def resave(config: RunConfig, run_dir: Path) -> None:
+    """Load what `config.resume` names and save it into `run_dir` from this layout."""
+    trainer = build(config, run_dir)
+    trainer.saved_step = None
+    trainer.save()
+
+
+def resave_error(config: RunConfig, run_dir: Path) -> str:
+    """What the user is told when `resave` fails."""
+    with pytest.raises(UserError) as caught:
+        resave(config, run_dir)
+    return str(caught.value)
+
+
+def load_error(config: RunConfig, run_dir: Path) -> str:
+    """What the user is told when `config.resume` cannot be loaded."""
+    with pytest.raises(UserError) as caught:
+        build(config, run_dir)
+    return str(caught.value)
+
+
+def write(
+    config: RunConfig, run_dir: Path, requests: list[dict[str, Any]], favourite: tuple[int, int] | None = None
+) -> tuple[list[str], bool]:
+    """The text that the model `config.resume` names makes of each request, and whether it is left in training mode.
+
+    Args:
+        requests: differences from a greedy continuation of "the " by 12 tokens, as `generate` has them.
+        favourite: a rank, and a token that its logits prefer to all others.
+    """
+    trainer = build(config, run_dir)
+
+    def prefer(module: nn.Module, inputs: tuple[torch.Tensor, ...], logits: torch.Tensor) -> torch.Tensor:
+        if favourite and favourite[0] == dist.get_rank():
+            logits[..., favourite[1]] = 1e3
+        return logits
+
+    trainer.model.lm_head.register_forward_hook(prefer)
+    usual: dict[str, Any] = {"prompt": "the ", "tokens": 12, "context": 64, "temperature": 0.0, "top_k": 0, "seed": 0}
+    texts = [
+        generate(trainer.model, trainer.data.tokenizer, device=trainer.device, **{**usual, **request})
+        for request in requests
+    ]
+    trainer.loader.close()
+    return texts, all(module.training for module in trainer.model.modules())
+
+
+def soak(config: RunConfig, run_dir: Path, every_steps: int) -> list[dict[str, int]]:
+    """Train to the end; what this process holds after every so many steps."""
+    trainer = build(config, run_dir)
+    process, samples = psutil.Process(), list[dict[str, int]]()
+    step = trainer.step
+
+    def measured_step(*args: Any) -> bool:
+        going_on = step(*args)
+        if trainer.progress.step % every_steps == 0:
+            gc.collect()
+            samples.append(
+                {
+                    "step": trainer.progress.step,
+                    "resident_bytes": process.memory_info().rss,
+                    "descriptors": process.num_fds(),
+                    "threads": process.num_threads(),
+                    "process_groups": len(dist.distributed_c10d._world.pg_map),
+                }
+            )
+        return going_on
+
+    trainer.step = measured_step  # type: ignore[method-assign]
+    assert trainer.run(StopSignals())
+    outcome(trainer, run_dir)
+    return samples
+
+
+def initial_tensors(config: RunConfig, run_dir: Path) -> Arrays:
+    """Every tensor before the first step."""
+    return whole(build(config, run_dir).engine.tensors())
+
+
+def validate(config: RunConfig, run_dir: Path) -> dict[str, Any]:
+    """The validation record of the initial model, its mode afterwards, and load counters that stood at 5 before."""
+    trainer = build(config, run_dir)
+    gates = trainer.gates.values()
+    for gate in gates:
+        gate.load_E.fill_(5)
+    record = trainer.validate()
+    loads = {int(load) for gate in gates for load in gate.load_E}
+    return {"record": record, "training": all(m.training for m in trainer.model.modules()), "loads": loads}
+
+
+def run_with_gradients(config: RunConfig, run_dir: Path) -> dict[str, Any]:
+    """`run`, with the gradients of the first step, before clipping, as `gradients` (rank 0)."""
+    trainer = build(config, run_dir)
+    gradients: Arrays = {}
+    step = trainer.engine.step
+
+    def recording_step() -> StepResult:
+        if not gradients:
+            named = trainer.model.named_parameters()
+            gradients.update(whole({name: p.grad for name, p in named if p.grad is not None}))
+        return step()
+
+    trainer.engine.step = recording_step  # type: ignore[method-assign]
+    assert trainer.run(StopSignals())
+    return {**outcome(trainer, run_dir), "gradients": gradients if dist.get_rank() == 0 else {}}
