@@ -15,7 +15,7 @@ from octofold.train.config import validate
 
 # What a continued run may change by itself; all else would make the saved model, optimiser or data order another one's.
 FREE_KEYS = re.compile(
-    r"(name|run_dir|resume|launch\..*|checkpoint\..*|train\.(steps|log_every|eval_every|eval_sequences|sample_prompt"
+    r"(name|run_dir|resume|launch\..*|checkpoint\..*|train\.(steps|log_every|eval_every|(final_)?eval_sequences|sample_prompt"
     r"|sample_tokens|wandb|tensorboard)|backend\.(threads|timeout_s)|data\.(workers|cache_dir))"
 )
 
@@ -84,6 +84,8 @@ def _continued(asked: str, texts: Sequence[str]) -> JobConfig:
     if is_checkpoint and path not in found:
         names = ", ".join(checkpoint.name for checkpoint in found)
         raise ConfigError("resume", asked, f"the run's checkpoints are: {names}", f"resume={found[-1]}")
+    # The saved degree was inferred from the ranks of that day; the ranks of today may be others.
+    saved = replace(saved, parallel=replace(saved.parallel, data_shard=-1))
     config = apply(saved, [override for override in parse(texts) if override.key_or_group != "resume"])
     if config.run_dir != saved.run_dir and Path(str(config.run_dir)).expanduser().absolute() != run_dir:
         shown = f"resume={asked} run_dir={config.run_dir}"

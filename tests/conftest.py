@@ -42,6 +42,7 @@ def poisoned() -> Iterator[None]:
     """Memory that torch.empty and its kin hand out holds NaN, so that what is not written shows."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    assert torch.empty(1).isnan()
     yield
     torch.use_deterministic_algorithms(before)

@@ -43,6 +43,11 @@ def fail_on(rank: int) -> None:
     dist.barrier()
 
 
+def exit_politely() -> None:
+    """What a command line's function may do."""
+    raise SystemExit("enough")
+
+
 def die_on(rank: int, signum: int | None) -> None:
     """One rank dies, by a signal or with exit status 3, while the others wait for it."""
     if dist.get_rank() == rank:
@@ -63,6 +68,12 @@ def unpicklable() -> Any:
     return lambda: None
 
 
+def world() -> dist.ProcessGroup:
+    """The default group."""
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
 # --- exchanges -------------------------------------------------------------------------------------------------------
 
 
@@ -71,7 +82,7 @@ def exchange(blocks: list[list[torch.Tensor]], cotangents: list[torch.Tensor]) -
     rank = dist.get_rank()
     rows = torch.cat(blocks[rank]).requires_grad_()
     send_counts, receive_counts = [len(b) for b in blocks[rank]], [len(sent[rank]) for sent in blocks]
-    received = all_to_all(rows, receive_counts, send_counts, dist.group.WORLD)
+    received = all_to_all(rows, receive_counts, send_counts, world())
     received.backward(cotangents[rank])
     assert rows.grad is not None
     return received.detach(), rows.grad
@@ -79,7 +90,7 @@ def exchange(blocks: list[list[torch.Tensor]], cotangents: list[torch.Tensor]) -
 
 def count_exchange(counts_RRL: torch.Tensor) -> torch.Tensor:
     """exchange_counts of this rank's row of counts."""
-    return exchange_counts(counts_RRL[dist.get_rank()].contiguous(), dist.group.WORLD)
+    return exchange_counts(counts_RRL[dist.get_rank()].contiguous(), world())
 
 
 def run_experts(
@@ -89,7 +100,7 @@ def run_experts(
     rank, ranks = dist.get_rank(), dist.get_world_size()
     held = model.n_routed_experts // ranks
     own = {name: w[rank * held : (rank + 1) * held] for name, w in weights.items()}
-    return through_experts(ExchangedExperts(dist.group.WORLD), model, own, x[rank], counts[rank])
+    return through_experts(ExchangedExperts(world()), model, own, x[rank], counts[rank])
 
 
 def through_experts(

@@ -181,7 +181,7 @@ def validate(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     gates = trainer.gates.values()
     for gate in gates:
         gate.load_E.fill_(5)
-    record = trainer.validate()
+    record = trainer.validate(trainer.config.train.eval_sequences)
     loads = {int(load) for gate in gates for load in gate.load_E}
     return {"record": record, "training": all(m.training for m in trainer.model.modules()), "loads": loads}
 

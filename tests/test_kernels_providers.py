@@ -6,6 +6,7 @@ exact one by a few roundings of that size, however much it cancels: the root mea
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,9 +25,9 @@ LONG_SUM_ROUNDINGS = 16
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
 
 
-def cases(op: str) -> list[object]:
+def cases(op: str) -> list[Any]:
     """Every provider of `op` with every dtype it supports on a CPU."""
-    found = []
+    found: list[Any] = []
     for provider, module in PROVIDERS[op].items():
         why_unsupported = load_dotted(f"{module}:why_unsupported", "test")
         assert callable(why_unsupported)

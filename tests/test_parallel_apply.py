@@ -7,6 +7,7 @@ import rank_tasks
 import torch
 from tiny_models import SMALL, decoder, labels_of, positions_of, tokens_of
 
+from octofold.parallel.local_ranks import LocalRanks
 from octofold.train.loss import summed_cross_entropy, valid_tokens
 from octofold.train.models.config import ModelConfig
 
@@ -66,11 +67,11 @@ def unsplit(model: ModelConfig, tokens_BS: torch.Tensor) -> Unsplit:
     return Unsplit(loss.item(), gradients, torch.stack([gate.load_E for gate in plain.gates().values()]).double())
 
 
-def assert_same_gradients(ranks, model: ModelConfig, n: int, expert: int, micro: int) -> None:
+def assert_same_gradients(started: LocalRanks, model: ModelConfig, expert: int, micro: int) -> None:
     tokens_BS = tokens_of(model, 8, 11)
     expected = unsplit(model, tokens_BS)
     norm = torch.stack([gradient.square().sum() for gradient in expected.gradients.values()]).sum().sqrt().item()
-    for found in ranks(n).run(rank_tasks.gradients, model, expert, tokens_BS, micro):
+    for found in started.run(rank_tasks.gradients, model, expert, tokens_BS, micro):
         assert found["loss"] == pytest.approx(expected.loss, rel=1e-12)
         assert found["norm"] == pytest.approx(norm, rel=1e-9)
         assert torch.equal(found["loads"], expected.loads_GE)
@@ -85,10 +86,10 @@ def assert_same_gradients(ranks, model: ModelConfig, n: int, expert: int, micro:
 @pytest.mark.parametrize(("n", "expert"), LAYOUTS)
 def test_every_gradient_equals_the_unsplit_models(ranks, n, expert, micro):
     """Ranks count different numbers of valid tokens, and each accumulates over several micro-batches."""
-    assert_same_gradients(ranks, EIGHT, n, expert, micro)
+    assert_same_gradients(ranks(n), EIGHT, expert, micro)
 
 
 @pytest.mark.parametrize(("n", "expert"), [(1, 1), (2, 2), (4, 2)])
 @pytest.mark.parametrize("model", [UNEVEN, TIED], ids=["uneven", "tied"])
 def test_every_gradient_equals_the_unsplit_models_in_other_models(ranks, model, n, expert):
-    assert_same_gradients(ranks, model, n, expert, 1)
+    assert_same_gradients(ranks(n), model, expert, 1)

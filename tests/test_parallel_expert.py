@@ -1,6 +1,7 @@
 """Experts on other ranks compute what local ones do, in FP64: results, gradients of tokens and of weights."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import rank_tasks
@@ -10,10 +11,11 @@ from hypothesis import strategies as st
 from tiny_models import SMALL
 
 from octofold.parallel.expert import LocalExperts
+from octofold.parallel.local_ranks import LocalRanks
 
 EXPERTS = 4
 MODEL = replace(SMALL, hidden_size=5, moe_intermediate_size=3, n_routed_experts=EXPERTS)
-EXACT = {"rtol": 0.0, "atol": 1e-11}
+EXACT: dict[str, Any] = {"rtol": 0.0, "atol": 1e-11}
 """FP64; a weight's gradient is summed in another order."""
 
 
@@ -21,7 +23,7 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def assert_as_local(started, counts: list[list[int]]) -> None:
+def assert_as_local(started: LocalRanks, counts: list[list[int]]) -> None:
     """`counts[rank][expert]`: rows that each rank sends to each expert."""
     weights = {
         "gate_up_proj": normal(EXPERTS, 2 * MODEL.moe_intermediate_size, MODEL.hidden_size, seed=100),

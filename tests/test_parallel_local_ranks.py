@@ -67,14 +67,20 @@ def test_a_hang_ends_all_processes(pair, capfd):
     wait_until_gone(before)
 
 
-def test_other_failures():
+def test_what_cannot_be_called_or_sent_back():
+    with LocalRanks(1) as one:
+        with pytest.raises(RankError, match=r"rank 0 of 1 failed in rank_tasks:unpicklable"):
+            one.run(rank_tasks.unpicklable)
+        with pytest.raises(RankError, match=r"(?s)failed in rank_tasks:exit_politely.*SystemExit: enough"):
+            one.run(rank_tasks.exit_politely)
+        with pytest.raises(RankError, match=r"(?s)failed in no_such_module:f.*ModuleNotFoundError"):
+            one.run("no_such_module:f")
+
+
+def test_an_exit_and_a_death_while_idle():
     with LocalRanks(1) as one:
         with pytest.raises(RankError, match=r"rank 0 of 1 died with exit status 3"):
             one.run(rank_tasks.die_on, 0, None)
-        with pytest.raises(RankError, match=r"rank 0 of 1 failed in rank_tasks:unpicklable"):
-            one.run(rank_tasks.unpicklable)
-        with pytest.raises(RankError, match=r"(?s)failed in no_such_module:f.*ModuleNotFoundError"):
-            one.run("no_such_module:f")
         (pid,) = pids_of(one)
         psutil.Process(pid).kill()
         while pid in {child.pid for child in multiprocessing.active_children()}:

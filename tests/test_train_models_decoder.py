@@ -1,6 +1,7 @@
 """What the decoder promises beside parity: documents apart, no look ahead, expert biases, counters, tied weights."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tiny_models import SMALL, decoder, labels_of, positions_of, tokens_of
 from octofold.train.loss import summed_cross_entropy
 from octofold.train.models.moe import SigmoidGate
 
-EXACT = {"rtol": 0.0, "atol": 1e-11}
+EXACT: dict[str, Any] = {"rtol": 0.0, "atol": 1e-11}
 """FP64; products over other groupings of rows may differ in the last bits."""
 
 
@@ -29,7 +30,7 @@ def test_masked_documents_are_as_if_alone(lengths, restart):
     together = model(tokens_BS, positions_BS, doc_ids_BS).split(lengths, dim=1)
     for document, logits in zip(documents, together, strict=True):
         # The tables of sines are FP32, so that shifted positions cost half of FP64's digits.
-        exact = EXACT if restart else {"rtol": 0.0, "atol": 1e-5}
+        exact: dict[str, Any] = EXACT if restart else {"rtol": 0.0, "atol": 1e-5}
         torch.testing.assert_close(logits, model(document, positions_of(document)), **exact)
 
 

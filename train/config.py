@@ -58,6 +58,8 @@ class TrainConfig:
     eval_every: int = 100
     """Steps between evaluations on the validation split; 0: only at the end."""
     eval_sequences: int = 64
+    final_eval_sequences: int = 1024
+    """Sequences of the closing evaluation, which stands beside n-gram models of the whole validation split."""
     sample_prompt: str = "def "
     sample_tokens: int = 200
     """Tokens of the sample printed at the end; 0: none."""
@@ -118,6 +120,7 @@ def validate(config: RunConfig, world_size: int) -> RunConfig:
     if config.engine.name != "native":
         raise unknown_name_error("engine.name", config.engine.name, ["native"])
     config = replace(config, parallel=resolve(config.parallel, world_size))
+    _check_counts(config)
     _check_optim(config.optim)
     _check_batch(config.train, config.parallel)
     _check_experts(config)
@@ -129,16 +132,39 @@ def _check_optim(optim: OptimConfig) -> None:
         raise unknown_name_error("optim.schedule", optim.schedule, SCHEDULES)
     if optim.lr < 0:
         raise ConfigError("optim.lr", optim.lr, "a learning rate is not negative", "optim.lr=1e-3")
+    for name in ("eps", "weight_decay", "clip_norm", "warmup_steps"):
+        if getattr(optim, name) < 0:
+            raise ConfigError(f"optim.{name}", getattr(optim, name), "must not be negative", f"optim.{name}=0 or more")
     for name in ("beta1", "beta2", "decay_share", "min_lr_ratio"):
         value = getattr(optim, name)
         if not 0 <= value <= 1 or (name.startswith("beta") and value == 1):
             raise ConfigError(f"optim.{name}", value, "must lie between 0 and 1", f"optim.{name}=0.9")
 
 
+def _check_counts(config: RunConfig) -> None:
+    at_least = {
+        "train.steps": 1,
+        "train.global_batch_size": 1,
+        "train.micro_batch_size": 1,
+        "train.log_every": 1,
+        "train.eval_every": 0,
+        "train.eval_sequences": 1,
+        "train.final_eval_sequences": 1,
+        "train.sample_tokens": 0,
+        "checkpoint.every_steps": 1,
+        "checkpoint.keep": 0,
+        "backend.threads": 0,
+    }
+    for key, least in at_least.items():
+        group, name = key.split(".")
+        value = getattr(getattr(config, group), name)
+        if value < least:
+            raise ConfigError(key, value, f"must be at least {least}", f"{key}={least} or more")
+    if config.backend.timeout_s <= 0:
+        raise ConfigError("backend.timeout_s", config.backend.timeout_s, "a positive time", "backend.timeout_s=600")
+
+
 def _check_batch(train: TrainConfig, parallel: ParallelConfig) -> None:
-    for name in ("steps", "global_batch_size", "micro_batch_size", "log_every"):
-        if getattr(train, name) < 1:
-            raise ConfigError(f"train.{name}", getattr(train, name), "must be at least 1", f"train.{name}=1 or more")
     share = train.micro_batch_size * parallel.data
     if train.global_batch_size % share:
         shown = (

@@ -62,7 +62,6 @@ class Trainer:
         self.progress = Progress()
         self.saved_step: int | None = None
         self.last_checkpoint: Path | None = None
-        self._validated: dict[str, Any] | None = None
         self._started_s = time.monotonic()
         self._begin_interval()
 
@@ -70,19 +69,19 @@ class Trainer:
         """Train to the configured number of steps; False: stopped by a signal. Saves in both cases."""
         train = self.config.train
         self._started_s = time.monotonic()
-        finished = True
         with self.console.progress(train.steps, self.progress.step) as bar:
             self._begin_interval()
-            while self.progress.step < train.steps:
-                if not self.step(stop, bar):
-                    finished = False
+            going_on = True
+            while going_on and self.progress.step < train.steps:
+                going_on = self.step(stop, bar)
+                if self.progress.step == train.steps or not going_on:
                     break
                 if train.eval_every and self.progress.step % train.eval_every == 0:
-                    self.validate()
+                    self.validate(train.eval_sequences)
                 if self.progress.step % self.config.checkpoint.every_steps == 0:
                     self.save()
         self.save()
-        return finished
+        return self.progress.step == train.steps
 
     def step(self, stop: StopSignals, bar: RunProgress) -> bool:
         """One attempted update; False: some rank has been asked to stop."""
@@ -164,14 +163,13 @@ class Trainer:
             "expert_load": {str(layer): row for layer, row in zip(self.gates, shares_GE.tolist(), strict=True)},
         }
 
-    def validate(self) -> dict[str, Any] | None:
-        """Loss on the validation split, logged and shown; None where there is no such split."""
+    def validate(self, sequences: int) -> dict[str, Any] | None:
+        """Loss on the first `sequences` of the validation split, logged and shown; None where there is no split."""
         if self.data.validation is None:
             return None
-        if self._validated and self._validated["step"] == self.progress.step:
-            return self._validated
+        sequences = min(sequences, len(self.data.validation))
         batches = self.data.validation_batches(
-            sequences=self.config.train.eval_sequences,
+            sequences=sequences,
             micro_batch_size=self.config.train.micro_batch_size,
             data_rank=self.rank,
             data_ranks=self.config.parallel.data,
@@ -189,13 +187,12 @@ class Trainer:
         self.log(record)
         self.console.validation(record)
         self._interval_s += time.monotonic() - began_s
-        self._validated = record
         return record
 
     def finish(self) -> dict[str, Any]:
         """Closing validation, n-gram baselines and a sample, as the `final` record."""
         train_s = time.monotonic() - self._started_s
-        validation = self.validate()
+        validation = self.validate(self.config.train.final_eval_sequences)
         text = ""
         if self.config.train.sample_tokens:
             text = generate(

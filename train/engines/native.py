@@ -79,7 +79,7 @@ class NativeEngine:
         for name, parameter in self.model.named_parameters():
             state = self.optimizer.state[parameter]
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
             for moment in ("exp_avg", "exp_avg_sq"):
                 named[f"optim.{name}.{moment}"] = state[moment]
