@@ -19,6 +19,9 @@ from octofold.train.data.tokenizer import Tokenizer, load_saved_tokenizer
 from octofold.train.engines.native import model_tensors
 
 
+WINDOW_MULTIPLE = 64
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module,
@@ -45,9 +48,13 @@ def generate(
     ids = [int(i) for i in tokenizer.encode(prompt)] or [tokenizer.eos_id]
     model.eval()
     for _ in range(tokens):
-        window = torch.tensor([ids[-context:]], device=device)
-        positions = torch.arange(window.shape[1], device=device)[None]
-        logits = model(window, positions)[0, -1, : tokenizer.vocab_size].double().cpu()
+        window = ids[-context:]
+        # Padding behind a token does not change what it sees, and keeps the shapes few (libraries compile for each).
+        padding = [tokenizer.eos_id] * (-len(window) % WINDOW_MULTIPLE)
+        tokens_1S = torch.tensor([window + padding], device=device)
+        positions_1S = torch.arange(tokens_1S.shape[1], device=device)[None]
+        logits_V = model(tokens_1S, positions_1S)[0, len(window) - 1, : tokenizer.vocab_size]
+        logits = logits_V.double().cpu()
         chosen = _agree(_draw(logits, temperature, top_k, generator), device)
         if chosen == tokenizer.eos_id:
             break
