@@ -18,7 +18,6 @@ from octofold.train.config import RunConfig
 from octofold.train.data.tokenizer import Tokenizer, load_saved_tokenizer
 from octofold.train.engines.native import model_tensors
 
-
 WINDOW_MULTIPLE = 64
 
 
