@@ -3,6 +3,7 @@
 import torch
 
 from octofold.backends.base import Backend, Capabilities
+from octofold.backends.errors import ConfigError
 
 FP8_COMPUTE_CAPABILITY = (8, 9)
 """Ada and Hopper brought FP8 tensor cores."""
@@ -25,6 +26,10 @@ class CudaBackend(Backend):
         return torch.device("cuda", local_rank)
 
     def set_up(self, local_rank: int, local_world_size: int, threads: int) -> None:
+        if local_world_size > torch.cuda.device_count():
+            shown = f"{local_world_size} local ranks, {torch.cuda.device_count()} GPU(s)"
+            rule = "each local rank has a GPU of its own"
+            raise ConfigError("launch.nproc_per_node", shown, rule, "fewer ranks, or backend=cpu")
         if threads:
             torch.set_num_threads(threads)
         torch.cuda.set_device(local_rank)

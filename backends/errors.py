@@ -1,5 +1,7 @@
 """Errors for the person at the keyboard: they name the offender, the rule and the remedy, and need no traceback."""
 
+import math
+
 
 class UserError(ValueError):
     """Something the user can mend: a config value, a file, the environment. The command line prints it and exits 2."""
@@ -19,6 +21,12 @@ class ConfigError(UserError):
         self.key, self.value, self.rule, self.remedy = key, value, rule, remedy
         shown = value if isinstance(value, str) and "=" in value else f"{key}={value}"
         super().__init__(f"{shown}\n  rule:   {rule}\n  remedy: {remedy}")
+
+
+def check_finite(key: str, value: float, *, least: float) -> None:
+    """Raise `ConfigError` unless `value` is a finite number of at least `least`."""
+    if not (math.isfinite(value) and value >= least):
+        raise ConfigError(key, value, f"a finite number, at least {least:g}", f"{key}={max(least, 1.0):g}")
 
 
 def unknown_name_error(key: str, value: str, known: list[str]) -> ConfigError:

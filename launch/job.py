@@ -62,13 +62,28 @@ def settle(texts: Sequence[str], config_dirs: Sequence[str] = (), world_size: in
     Raises:
         UserError: see `draft`; besides, a rule that binds several keys.
     """
-    config = draft(texts, config_dirs)
+    config = _absolute(draft(texts, config_dirs))
     check_launch(config.launch)
     checked = validate(config, world_size or config.launch.nproc_per_node)
     assert isinstance(checked, JobConfig)
     if checked.resume == "auto":
         return Job(_automatic(checked), reuse_folder=True)
     return Job(checked, reuse_folder=checked.resume is not None)
+
+
+def _absolute(config: JobConfig) -> JobConfig:
+    """Paths of data made absolute, so that a run can be continued from any working directory."""
+
+    def full(path: str | None) -> str | None:
+        return None if path is None else str(Path(path).expanduser().absolute())
+
+    data = replace(config.data, cache_dir=full(config.data.cache_dir))
+    # A hub dataset's name stays as it is unless it is a folder here.
+    if data.path and (data.source != "hub" or Path(data.path).expanduser().exists()):
+        data = replace(data, path=full(data.path))
+    if Path(data.tokenizer).expanduser().exists() and data.tokenizer not in ("bytes", "bpe"):
+        data = replace(data, tokenizer=str(full(data.tokenizer)))
+    return replace(config, data=data)
 
 
 def _continued(asked: str, texts: Sequence[str]) -> JobConfig:

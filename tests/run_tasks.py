@@ -96,6 +96,16 @@ def run_with_nan(config: RunConfig, run_dir: Path, bad_step: int) -> dict[str, A
     return {**outcome(trainer, run_dir), "printed": printed.getvalue()}
 
 
+def error_with_broken_model(config: RunConfig, run_dir: Path) -> str:
+    """What the user is told by a run whose logits are always NaN."""
+    trainer = build(config, run_dir)
+    trainer.model.lm_head.register_forward_hook(lambda module, inputs, logits: logits * float("nan"))
+    with pytest.raises(UserError) as caught:
+        trainer.run(StopSignals())
+    trainer.loader.close()
+    return str(caught.value)
+
+
 def resave(config: RunConfig, run_dir: Path) -> None:
     """Load what `config.resume` names and save it into `run_dir` from this layout."""
     trainer = build(config, run_dir)

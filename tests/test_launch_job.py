@@ -107,3 +107,11 @@ def test_auto_lists_every_difference_from_the_saved_run(run_dir):
     assert "train.seed=4 (saved: 3)" in str(error.value)
     assert "optim.lr=0.001 (saved: 0.002)" in str(error.value)
     assert "train.steps" not in str(error.value)
+
+
+def test_paths_of_data_are_kept_absolute(tmp_path, monkeypatch):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    data = settle(["data=text", "data.path=corpus", "data.cache_dir=cache"]).config.data
+    assert (data.path, data.cache_dir) == (str(tmp_path / "corpus"), str(tmp_path / "cache"))

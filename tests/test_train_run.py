@@ -241,3 +241,22 @@ def test_steps_can_be_raised(root, tmp_path):
     before = (tmp_path / "raised" / "metrics.jsonl").read_text()
     assert go(8, tmp_path / "raised", str(tmp_path / "raised")) == Outcome(8)
     assert (tmp_path / "raised" / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_tied_head_is_saved_once_and_resumed(n, root, ranks, tmp_path):
+    groups: dict[str, Any] = {"model": {"tie_word_embeddings": True}, "parallel": {"expert": n}}
+    straight = ranks(n).run(run_tasks.run, tiny_run(root, n, train={"steps": 4}, **groups), tmp_path / "a")[0]
+    assert "model.lm_head.weight" not in straight["tensors"]
+    assert "model.embed_tokens.weight" in straight["tensors"]
+    ranks(n).run(run_tasks.run, tiny_run(root, n, train={"steps": 4}, **groups), tmp_path / "b", 2)
+    resumed = tiny_run(root, n, train={"steps": 4}, resume=str(tmp_path / "b"), **groups)
+    again = ranks(n).run(run_tasks.run, resumed, tmp_path / "b")[0]
+    for name, tensor in straight["tensors"].items():
+        assert tensor.tobytes() == again["tensors"][name].tobytes(), name
+
+
+def test_a_run_that_only_skips_stops_on_every_rank(root, ranks, tmp_path):
+    config = tiny_run(root, 2, parallel={"expert": 2}, train={"steps": 50})
+    for message in ranks(2).run(run_tasks.error_with_broken_model, config, tmp_path):
+        assert message.startswith("step 20: the gradient norm was not finite 20 times in a row")

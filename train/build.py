@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from octofold.backends.base import Backend, Capabilities
+from octofold.backends.errors import ConfigError
 from octofold.backends.process_group import RankInfo
 from octofold.kernels.registry import Choice, Workload, choose
 from octofold.parallel.apply import apply_plan
@@ -36,7 +37,14 @@ class BuiltModel:
 
 
 def model_config(model: ModelConfig, tokenizer_size: int) -> ModelConfig:
-    """`model` with the vocabulary size filled in from the tokenizer where it is 0."""
+    """`model` with the vocabulary size filled in from the tokenizer where it is 0.
+
+    Raises:
+        ConfigError: the vocabulary is smaller than the tokenizer's.
+    """
+    if 0 < model.vocab_size < tokenizer_size:
+        rule = f"the tokenizer has {tokenizer_size} entries, and each needs a row of the embedding"
+        raise ConfigError("model.vocab_size", model.vocab_size, rule, "model.vocab_size=0 takes the tokenizer's size")
     if model.vocab_size:
         return model
     rounded = -(-tokenizer_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from octofold.backends.config import BackendConfig
-from octofold.backends.errors import ConfigError, unknown_name_error
+from octofold.backends.errors import ConfigError, check_finite, unknown_name_error
 from octofold.kernels.config import KernelsConfig
 from octofold.parallel.config import ParallelConfig, resolve
 from octofold.train.data.config import DataConfig
@@ -54,6 +54,7 @@ class TrainConfig:
     """Sequences a rank computes at once; accumulation makes up the rest."""
     seed: int = 0
     deterministic: bool = True
+    """CPU only: refuse operations without a deterministic implementation."""
     log_every: int = 10
     eval_every: int = 100
     """Steps between evaluations on the validation split; 0: only at the end."""
@@ -130,11 +131,8 @@ def validate(config: RunConfig, world_size: int) -> RunConfig:
 def _check_optim(optim: OptimConfig) -> None:
     if optim.schedule not in SCHEDULES:
         raise unknown_name_error("optim.schedule", optim.schedule, SCHEDULES)
-    if optim.lr < 0:
-        raise ConfigError("optim.lr", optim.lr, "a learning rate is not negative", "optim.lr=1e-3")
-    for name in ("eps", "weight_decay", "clip_norm", "warmup_steps"):
-        if getattr(optim, name) < 0:
-            raise ConfigError(f"optim.{name}", getattr(optim, name), "must not be negative", f"optim.{name}=0 or more")
+    for name in ("lr", "eps", "weight_decay", "clip_norm", "warmup_steps"):
+        check_finite(f"optim.{name}", getattr(optim, name), least=0.0)
     for name in ("beta1", "beta2", "decay_share", "min_lr_ratio"):
         value = getattr(optim, name)
         if not 0 <= value <= 1 or (name.startswith("beta") and value == 1):
@@ -160,8 +158,7 @@ def _check_counts(config: RunConfig) -> None:
         value = getattr(getattr(config, group), name)
         if value < least:
             raise ConfigError(key, value, f"must be at least {least}", f"{key}={least} or more")
-    if config.backend.timeout_s <= 0:
-        raise ConfigError("backend.timeout_s", config.backend.timeout_s, "a positive time", "backend.timeout_s=600")
+    check_finite("backend.timeout_s", config.backend.timeout_s, least=1.0)
 
 
 def _check_batch(train: TrainConfig, parallel: ParallelConfig) -> None:

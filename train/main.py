@@ -39,7 +39,8 @@ def train(config: RunConfig, run_dir: Path) -> Outcome:
     info = RankInfo.from_environment()
     console = Console(enabled=info.rank == 0)
     backend = resolve(config.backend.name)
-    torch.use_deterministic_algorithms(config.train.deterministic)
+    # On accelerators determinism needs more than this switch; there it is left to the user's own environment.
+    torch.use_deterministic_algorithms(config.train.deterministic and backend.name == "cpu")
     with joined(backend, config.backend, info):
         trainer = build_trainer(config, run_dir, backend, info, console)
         try:

@@ -63,6 +63,10 @@ def generate(
 
 
 def _draw(logits_V: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    if not torch.isfinite(logits_V).all():
+        raise UserError(
+            "the model's logits are not finite\n  remedy: sample from an earlier checkpoint (RUN/checkpoints)"
+        )
     kept = 1 if temperature == 0 else min(top_k or len(logits_V), len(logits_V))
     logits_K, ids_K = logits_V.topk(kept)
     if kept == 1:

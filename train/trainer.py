@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from octofold.backends.collectives import all_reduce_sum
+from octofold.backends.errors import UserError
 from octofold.parallel.balance import gather_loads, update_biases
 from octofold.train.checkpoint.manager import Checkpointer
 from octofold.train.config import RunConfig
@@ -25,6 +26,9 @@ from octofold.train.metrics import MetricsWriter
 from octofold.train.models.decoder import Decoder
 from octofold.train.sampling import generate
 from octofold.train.stop import StopSignals
+
+MAX_SKIPPED_IN_ROW = 20
+"""Updates skipped one after the other before a run stops."""
 
 
 @dataclass
@@ -62,6 +66,7 @@ class Trainer:
         self.progress = Progress()
         self.saved_step: int | None = None
         self.last_checkpoint: Path | None = None
+        self._skipped_in_row = 0
         self._started_s = time.monotonic()
         self._begin_interval()
 
@@ -125,6 +130,14 @@ class Trainer:
         self, bar: RunProgress, loss: float, result: StepResult, loads_GE: torch.Tensor | None, tokens: int
     ) -> None:
         step, train = self.progress.step, self.config.train
+        self._skipped_in_row = 0 if result.applied else self._skipped_in_row + 1
+        if self._skipped_in_row == MAX_SKIPPED_IN_ROW:
+            # Every rank sees the same norm, so all stop here; the good checkpoints are not retired by broken ones.
+            raise UserError(
+                f"step {step}: the gradient norm was not finite {MAX_SKIPPED_IN_ROW} times in a row\n"
+                "  rule:   a batch may be skipped; a run that only skips has broken weights\n"
+                f"  remedy: resume from an earlier checkpoint (last: {self.last_checkpoint}) with a lower optim.lr"
+            )
         if not result.applied:
             self.console.warn(f"step {step}: gradient norm is {result.grad_norm}; the update was skipped on every rank")
         self._interval_tokens += tokens

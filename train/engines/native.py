@@ -23,7 +23,10 @@ class StepResult:
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers (expert biases) under the names a checkpoint gives them."""
-    return {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+    saved = model.state_dict().keys()  # less the buffers that are not kept
+    # Each parameter once: a tied head has no name of its own here.
+    named = [*model.named_parameters(), *((name, buffer) for name, buffer in model.named_buffers() if name in saved)]
+    return {f"model.{name}": tensor.detach() for name, tensor in named}
 
 
 class NativeEngine:

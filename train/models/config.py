@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from octofold.backends.errors import ConfigError
+from octofold.backends.errors import ConfigError, check_finite
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,14 @@ def check(model: ModelConfig) -> None:
     for name in positive.split():
         if getattr(model, name) < 1:
             raise ConfigError(f"model.{name}", getattr(model, name), "must be at least 1", f"model.{name}=1 or more")
+    if model.q_lora_rank is not None and model.q_lora_rank < 1:
+        raise ConfigError(
+            "model.q_lora_rank", model.q_lora_rank, "at least 1, or null for none", "model.q_lora_rank=null"
+        )
+    for name in ("vocab_size", "n_shared_experts", "initializer_range", "bias_update_rate", "routed_scaling_factor"):
+        check_finite(f"model.{name}", getattr(model, name), least=0.0)
+    for name in ("rms_norm_eps", "rope_theta"):
+        check_finite(f"model.{name}", getattr(model, name), least=1e-30)
     if model.qk_rope_head_dim % 2:
         rule = "rotary position embedding turns pairs of numbers, so the width must be even"
         raise ConfigError("model.qk_rope_head_dim", model.qk_rope_head_dim, rule, "an even number")

@@ -1,0 +1,54 @@
+"""Numbers that no run can work with are refused by key, before anything is built."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from octofold.backends.errors import ConfigError
+from octofold.train.build import model_config
+from octofold.train.config import RunConfig, validate
+from octofold.train.models.config import ModelConfig
+
+REFUSED: list[tuple[str, Any]] = [
+    ("optim.lr", float("inf")),
+    ("optim.lr", float("nan")),
+    ("optim.lr", -1.0),
+    ("optim.eps", float("inf")),
+    ("optim.weight_decay", -0.1),
+    ("optim.clip_norm", -1.0),
+    ("optim.warmup_steps", -1),
+    ("optim.beta2", 1.0),
+    ("train.steps", 0),
+    ("train.eval_every", -1),
+    ("train.eval_sequences", 0),
+    ("checkpoint.every_steps", 0),
+    ("checkpoint.keep", -1),
+    ("backend.timeout_s", 0.0),
+    ("backend.threads", -1),
+    ("model.q_lora_rank", 0),
+    ("model.n_shared_experts", -1),
+    ("model.initializer_range", -0.02),
+    ("model.bias_update_rate", float("nan")),
+    ("model.rms_norm_eps", 0.0),
+    ("model.rope_theta", -1.0),
+    ("model.vocab_size", -1),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), REFUSED, ids=lambda part: str(part))
+def test_refused(key: str, value: Any) -> None:
+    group, name = key.split(".")
+    config = RunConfig()
+    changed = replace(config, **{group: replace(getattr(config, group), **{name: value})})
+    with pytest.raises(ConfigError) as caught:
+        validate(changed, 1)
+    assert str(caught.value).startswith(f"{key}={value}")
+    assert caught.value.remedy
+
+
+def test_a_vocabulary_has_room_for_the_tokenizer() -> None:
+    assert model_config(ModelConfig(), 257).vocab_size == 320
+    assert model_config(ModelConfig(vocab_size=300), 257).vocab_size == 300
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=100"):
+        model_config(ModelConfig(vocab_size=100), 257)
