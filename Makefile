@@ -1,6 +1,6 @@
 # Everything a newcomer types. Each target makes what it needs and is quick when nothing changed.
 #
-#   make train                       install, then pretrain the quickstart model (continues where it was interrupted)
+#   make train                       install, then pretrain the quickstart model and draw its plots (continues where it stopped)
 #   make test | make test-slow       the default suite | the proofs that take minutes
 #   make lint                        ruff, mypy
 #   make clean                       remove the environment, caches and the quickstart's run folder
@@ -43,6 +43,7 @@ $(VENV)/.dev: $(INSTALL_INPUTS) | $(VENV)/bin/python
 
 train: $(VENV)/.base
 	@$(BIN)/octofold train experiment=quickstart run_dir=$(QUICKSTART) resume=auto
+	@$(BIN)/octofold report $(QUICKSTART)
 
 test: $(VENV)/.dev
 	@echo "octofold: running the default test suite"

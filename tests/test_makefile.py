@@ -73,7 +73,13 @@ def test_help_is_the_default_and_shows_the_head_of_the_makefile(checkout):
 @pytest.mark.parametrize(
     ("target", "commands"),
     [
-        ("train", ["octofold train experiment=quickstart run_dir=runs/quickstart resume=auto"]),
+        (
+            "train",
+            [
+                "octofold train experiment=quickstart run_dir=runs/quickstart resume=auto",
+                "octofold report runs/quickstart",
+            ],
+        ),
         ("test", ["python -m pytest"]),
         ("test-slow", ["python -m pytest -m slow"]),
         ("lint", ["ruff check .", "ruff format --check .", "mypy"]),
