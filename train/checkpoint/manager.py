@@ -33,7 +33,7 @@ def find(where: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    if STEP_FOLDER.fullmatch(where.name) and where.parent.name == "checkpoints" and where.is_dir():
+    if STEP_FOLDER.fullmatch(where.name) and where.is_dir() and not (where / "checkpoints").exists():
         return where
     folders = published(where)
     if not folders:
