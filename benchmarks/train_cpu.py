@@ -26,10 +26,10 @@ from octofold.train.config import OptimConfig, RunConfig, TrainConfig, validate
 from octofold.train.data.build import build_data
 from octofold.train.data.config import DataConfig
 from octofold.train.loss import summed_cross_entropy
-from octofold.train.models.config import ModelConfig
+from octofold.train.models.config import BalanceConfig, ModelConfig
 
 SEQUENCES, LENGTH = 8, 512
-MODEL = ModelConfig(name="moe_10m", bias_update_rate=0.0)
+MODEL = ModelConfig(name="moe_10m", balance=BalanceConfig(bias_update_rate=0.0))
 OPTIM = OptimConfig(lr=1e-3, schedule="constant", warmup_steps=10)
 
 Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], float]

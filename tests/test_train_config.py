@@ -29,18 +29,21 @@ REFUSED: list[tuple[str, Any]] = [
     ("model.q_lora_rank", 0),
     ("model.n_shared_experts", -1),
     ("model.initializer_range", -0.02),
-    ("model.bias_update_rate", float("nan")),
+    ("model.balance.bias_update_rate", float("nan")),
     ("model.rms_norm_eps", 0.0),
     ("model.rope_theta", -1.0),
     ("model.vocab_size", -1),
 ]
 
 
+def _changed(config: Any, key: str, value: Any) -> Any:
+    name, _, rest = key.partition(".")
+    return replace(config, **{name: _changed(getattr(config, name), rest, value) if rest else value})
+
+
 @pytest.mark.parametrize(("key", "value"), REFUSED, ids=lambda part: str(part))
 def test_refused(key: str, value: Any) -> None:
-    group, name = key.split(".")
-    config = RunConfig()
-    changed = replace(config, **{group: replace(getattr(config, group), **{name: value})})
+    changed = _changed(RunConfig(), key, value)
     with pytest.raises(ConfigError) as caught:
         validate(changed, 1)
     assert str(caught.value).startswith(f"{key}={value}")

@@ -23,7 +23,9 @@ from octofold.train.engines.native import NativeEngine, StepResult
 from octofold.train.evaluate import evaluate
 from octofold.train.loss import summed_cross_entropy, valid_tokens
 from octofold.train.metrics import MetricsWriter
+from octofold.train.models.balance import LOSSES
 from octofold.train.models.decoder import Decoder
+from octofold.train.models.gate import take_loss_sums
 from octofold.train.sampling import generate
 from octofold.train.stop import StopSignals
 
@@ -39,6 +41,14 @@ class Progress:
     """Attempted updates."""
     tokens_seen: int = 0
     """Labels that counted, over all ranks."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What the number of applied updates decides, beside the learning rate."""
+
+    mtp_weight: float
+    bias_update_rate: float
 
 
 class Trainer:
@@ -91,43 +101,83 @@ class Trainer:
     def step(self, stop: StopSignals, bar: RunProgress) -> bool:
         """One attempted update; False: some rank has been asked to stop."""
         batches = self.loader.next_step()
-        counted = sum(valid_tokens(batch.labels_BS) for batch in batches)
-        tokens = int(all_reduce_sum(torch.tensor(counted, device=self.device)))
-        share = self._accumulate(batches, max(tokens, 1))
+        labels_NJ = [[labels_BS for _, labels_BS in self._targets(batch)] for batch in batches]
+        counted_J = torch.tensor([[valid_tokens(labels) for labels in labels_J] for labels_J in labels_NJ]).sum(0)
+        tokens_J = all_reduce_sum(counted_J.to(self.device))
+        schedule = self._schedule()
+        shares_J = self._accumulate(batches, tokens_J, schedule)
         result = self.engine.step()
-        loads_GE = self._balance(result)
+        loads_GE = self._balance(result, schedule)
         self.progress.step += 1
-        self.progress.tokens_seen += tokens
-        ended = torch.stack([share, share.new_tensor(stop.received is not None)])
-        loss, wishes = all_reduce_sum(ended).tolist()
-        self._report(bar, loss, result, loads_GE, tokens)
-        return wishes == 0
+        self.progress.tokens_seen += int(tokens_J[0])
+        balance_sums = take_loss_sums(list(self.gates.values())).to(shares_J)
+        wish = shares_J.new_tensor([stop.received is not None])
+        ended = all_reduce_sum(torch.cat([shares_J, balance_sums, wish])).tolist()
+        losses = self._losses(ended[: len(shares_J)], ended[len(shares_J) : -1])
+        self._report(bar, losses, result, loads_GE, int(tokens_J[0]))
+        return ended[-1] == 0
 
-    def _accumulate(self, batches: list[Batch], global_tokens: int) -> torch.Tensor:
-        """Gradients of this rank's share of the global mean loss; returns that share."""
-        share = torch.zeros((), dtype=torch.float64, device=self.device)
+    def _targets(self, batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(tokens, labels) of the model, then of each depth of multi-token prediction."""
+        mask, depths = self.config.data.mask_documents, self.config.model.num_nextn_predict_layers
+        deeper = [batch.ahead(depth, mask_documents=mask) for depth in range(1, depths + 1)]
+        return [(batch.tokens_BS, batch.labels_BS), *deeper]
+
+    def _schedule(self) -> Schedule:
+        """What holds for the next update."""
+        model, done = self.config.model, self.engine.updates / self.config.train.steps
+        return Schedule(
+            mtp_weight=model.mtp.late_loss_weight if done >= model.mtp.late_from else model.mtp.loss_weight,
+            bias_update_rate=model.balance.bias_update_rate if done < model.balance.bias_update_until else 0.0,
+        )
+
+    def _accumulate(self, batches: list[Batch], tokens_J: torch.Tensor, schedule: Schedule) -> torch.Tensor:
+        """Gradients of this rank's share of the global mean losses; returns those shares, FP64 [J]."""
+        shares_J = torch.zeros(len(tokens_J), dtype=torch.float64, device=self.device)
+        depths = len(tokens_J) - 1
+        for gate in self.gates.values():
+            gate.loss_scale.fill_(1 / self.config.train.global_batch_size)
         for number, batch in enumerate(batches, start=1):
             batch = batch.to(self.device)
             documents = batch.doc_ids_BS if self.config.data.mask_documents else None
-            logits = self.model(batch.tokens_BS, batch.positions_BS, documents)
-            loss = summed_cross_entropy(logits, batch.labels_BS) / global_tokens
+            tokens, labels = zip(*self._targets(batch), strict=True)
+            logits = self.model(batch.tokens_BS, batch.positions_BS, documents, ahead=tokens[1:])
+            sums_J = torch.stack([summed_cross_entropy(x, y) for x, y in zip(logits, labels, strict=True)])
+            losses_J = sums_J / tokens_J.clamp(min=1)
+            loss = losses_J[0] + schedule.mtp_weight / max(depths, 1) * losses_J[1:].sum()
             self.engine.backward(loss, last=number == len(batches))
-            share += loss.detach()
-        return share
+            shares_J += losses_J.detach()
+        return shares_J
 
-    def _balance(self, result: StepResult) -> torch.Tensor | None:
+    def _balance(self, result: StepResult, schedule: Schedule) -> torch.Tensor | None:
         """Sum the loads of all ranks; move the biases after an applied update."""
         if not self.gates:
             return None
         gates = self.gates.values()
         loads_GE = gather_loads([gate.load_E for gate in gates])
-        if result.applied:
-            rate = self.config.model.bias_update_rate
-            update_biases([gate.e_score_correction_bias for gate in gates], loads_GE, rate)
+        biases = [gate.e_score_correction_bias for gate in gates if gate.e_score_correction_bias is not None]
+        if result.applied and biases:
+            update_biases(biases, loads_GE, schedule.bias_update_rate)
         return loads_GE
 
+    def _losses(self, losses_J: list[float], balance_sums: list[float]) -> dict[str, Any]:
+        """The losses as the metrics name them: cross-entropies, and the means over sequences of balance losses."""
+        named: dict[str, Any] = {"loss": losses_J[0]}
+        if len(losses_J) > 1:
+            named["mtp_losses"] = losses_J[1:]
+        balance, sequences = self.config.model.balance, self.config.train.global_batch_size
+        for name, summed in zip(LOSSES, balance_sums, strict=True):
+            if getattr(balance, f"{name}_loss"):
+                named[f"{name}_loss"] = summed / sequences / len(self.gates)
+        return named
+
     def _report(
-        self, bar: RunProgress, loss: float, result: StepResult, loads_GE: torch.Tensor | None, tokens: int
+        self,
+        bar: RunProgress,
+        losses: dict[str, Any],
+        result: StepResult,
+        loads_GE: torch.Tensor | None,
+        tokens: int,
     ) -> None:
         step, train = self.progress.step, self.config.train
         self._skipped_in_row = 0 if result.applied else self._skipped_in_row + 1
@@ -149,7 +199,7 @@ class Trainer:
         record: dict[str, Any] = {
             "kind": "train",
             "step": step,
-            "loss": loss,
+            **losses,
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             "applied": result.applied,

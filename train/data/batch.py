@@ -24,6 +24,24 @@ class Batch:
     doc_ids_BS: torch.Tensor
     """Number of the document within the sequence: 0, 1, 2 …"""
 
+    def ahead(self, depth: int, *, mask_documents: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """For multi-token prediction: the tokens `depth` places further on, and the tokens that follow those, [B, S].
+
+        Made from whole sequences, before anything splits them along S. What lies beyond the sequence, or with
+        `mask_documents` beyond the document, has an ignored label.
+        """
+        next_BS, steps = self.labels_BS, depth - 1
+        # An ignored label hides its token; at such a place any token does, since no counted label depends on it.
+        next_BS = torch.where(next_BS == IGNORED_LABEL, self.tokens_BS, next_BS)
+        tokens_BS = torch.cat([next_BS[:, steps:], next_BS[:, :steps]], dim=1)
+        labels_BS = torch.full_like(self.labels_BS, IGNORED_LABEL)
+        kept = max(self.labels_BS.shape[1] - depth, 0)
+        labels_BS[:, :kept] = self.labels_BS[:, depth:]
+        if mask_documents:
+            other_BS = self.doc_ids_BS[:, depth:] != self.doc_ids_BS[:, :kept]
+            labels_BS[:, :kept][other_BS] = IGNORED_LABEL
+        return tokens_BS, labels_BS
+
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`."""
         return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))

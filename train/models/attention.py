@@ -1,7 +1,7 @@
-"""Multi-head latent attention (DeepSeek-V2, section 2.1), in the expanded form that training uses.
+"""Multi-head latent attention (DeepSeek-V2, section 2.1), expanded for training and absorbed for generation.
 
-B sequences, S positions, D hidden width, H heads, n and r widths of the parts of a head without and with position,
-d = n + r, v width of a value, c rank of the latent that keys and values are expanded from.
+B sequences, S positions, C cached positions, D hidden width, H heads, n and r widths of the parts of a head without and
+with position, d = n + r, v width of a value, l rank of the latent that keys and values are expanded from.
 """
 
 import torch
@@ -9,55 +9,129 @@ from torch import nn
 
 from octofold.kernels.registry import Kernels
 from octofold.train.models.config import ModelConfig
-from octofold.train.models.layers import RMSNorm, rotate
+from octofold.train.models.layers import RMSNorm
+from octofold.train.models.rope import rotate, softmax_scale
+
+LATENT_NORM_EPS = 1e-6
+"""The published models norm their latents with this, whatever `rms_norm_eps` says."""
+
+
+class LatentCache:
+    """What absorbed attention keeps of past tokens: l + r numbers a token and layer, shared by all heads."""
+
+    def __init__(self, config: ModelConfig, *, sequences: int, capacity: int, dtype: torch.dtype, device: torch.device):
+        """
+        Args:
+            capacity: tokens a sequence may come to.
+        """
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        shape = (config.num_hidden_layers, sequences, capacity, width)
+        self.kept_LBCw = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = 0
+        """Tokens that every layer has seen."""
+
+    def extend(self, layer: int, new_BSw: torch.Tensor) -> torch.Tensor:
+        """Append a layer's new tokens; returns all of that layer's, [B, length + S, l + r]."""
+        end = self.length + new_BSw.shape[1]
+        assert end <= self.kept_LBCw.shape[2], "the cache is full"
+        self.kept_LBCw[layer, :, self.length : end] = new_BSw
+        return self.kept_LBCw[layer, :, :end]
+
+    def advance(self, tokens: int) -> None:
+        """Every layer has appended so many tokens."""
+        self.length += tokens
 
 
 class LatentAttention(nn.Module):
-    """Keys and values of all heads come from one latent of width c; one rotary key is shared by all heads."""
+    """Keys and values of all heads come from one latent of width l; one rotary key is shared by all heads."""
 
-    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
+    def __init__(self, config: ModelConfig, layer: int, kernels: Kernels) -> None:
         super().__init__()
-        self.config, self.kernels = config, kernels
+        self.config, self.layer, self.kernels = config, layer, kernels
+        self.scale = softmax_scale(config)
         heads, d = config.num_attention_heads, config.qk_head_dim
-        hidden, rank, eps = config.hidden_size, config.kv_lora_rank, config.rms_norm_eps
+        hidden, rank = config.hidden_size, config.kv_lora_rank
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(hidden, heads * d, bias=False)
         else:
             self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps, kernels)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, kernels)
             self.q_b_proj = nn.Linear(config.q_lora_rank, heads * d, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, rank + config.qk_rope_head_dim, bias=False)
-        self.kv_a_layernorm = RMSNorm(rank, eps, kernels)
+        self.kv_a_layernorm = RMSNorm(rank, LATENT_NORM_EPS, kernels)
         self.kv_b_proj = nn.Linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
         self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=False)
-
-    def _queries(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        if self.config.q_lora_rank is None:
-            return self.q_proj(x_BSD)
-        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
 
     def forward(
         self,
         x_BSD: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
         doc_ids_BS: torch.Tensor | None,
+        cache: LatentCache | None = None,
     ) -> torch.Tensor:
         """[B, S, D] to [B, S, D].
 
         Args:
             rope: cosine and sine tables from `rope_tables`.
             doc_ids_BS: given, a token attends inside its own document only.
+            cache: given, the tokens follow those in the cache, and attention is computed in the absorbed form.
         """
         c = self.config
-        B, S, _ = x_BSD.shape
-        H, n, r, v = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
-        q_BSHn, q_BSHr = self._queries(x_BSD).view(B, S, H, n + r).split([n, r], dim=-1)
-        latent_BSc, k_BSr = self.kv_a_proj_with_mqa(x_BSD).split([c.kv_lora_rank, r], dim=-1)
-        k_BSHn, v_BSHv = self.kv_b_proj(self.kv_a_layernorm(latent_BSc)).view(B, S, H, n + v).split([n, v], dim=-1)
-        k_BSHr = rotate(k_BSr[:, :, None], *rope).expand(B, S, H, r)
-        q_BHSd = torch.cat([q_BSHn.transpose(1, 2), rotate(q_BSHr, *rope).transpose(1, 2)], dim=-1)
+        q_BSHn, q_BSHr = self._queries(x_BSD).split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
+        q_BSHr = rotate(q_BSHr, *rope)
+        latent_BSl, k_BSr = self.kv_a_proj_with_mqa(x_BSD).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
+        latent_BSl, k_BSr = self.kv_a_layernorm(latent_BSl), rotate(k_BSr[:, :, None], *rope)[:, :, 0]
+        if cache is None:
+            out_BSHv = self._expanded(q_BSHn, q_BSHr, latent_BSl, k_BSr, doc_ids_BS)
+        else:
+            assert doc_ids_BS is None, "the cache holds one document a sequence"
+            kept_BCw = cache.extend(self.layer, torch.cat([latent_BSl, k_BSr], dim=-1))
+            out_BSHv = self._absorbed(q_BSHn, q_BSHr, kept_BCw)
+        return self.o_proj(out_BSHv.flatten(2))
+
+    def _queries(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        if self.config.q_lora_rank is None:
+            q = self.q_proj(x_BSD)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
+        return q.unflatten(-1, (self.config.num_attention_heads, -1))
+
+    def _expanded(
+        self,
+        q_BSHn: torch.Tensor,
+        q_BSHr: torch.Tensor,
+        latent_BSl: torch.Tensor,
+        k_BSr: torch.Tensor,
+        doc_ids_BS: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention over keys and values of every head: [B, S, H, v]."""
+        c = self.config
+        kv_BSHw = self.kv_b_proj(latent_BSl).unflatten(-1, (c.num_attention_heads, -1))
+        k_BSHn, v_BSHv = kv_BSHw.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
+        k_BSHr = k_BSr[:, :, None].expand(*q_BSHr.shape)
+        # Transposed before they are joined, which saves a copy: attention wants heads before positions.
+        q_BHSd = torch.cat([q_BSHn.transpose(1, 2), q_BSHr.transpose(1, 2)], dim=-1)
         k_BHSd = torch.cat([k_BSHn.transpose(1, 2), k_BSHr.transpose(1, 2)], dim=-1)
         out_BHSv = self.kernels.attention(
-            q_BHSd, k_BHSd, v_BSHv.transpose(1, 2), scale=c.qk_head_dim**-0.5, doc_ids_BS=doc_ids_BS
+            q_BHSd, k_BHSd, v_BSHv.transpose(1, 2), scale=self.scale, doc_ids_BS=doc_ids_BS
         )
-        return self.o_proj(out_BHSv.transpose(1, 2).reshape(B, S, H * v))
+        return out_BHSv.transpose(1, 2)
+
+    def _absorbed(self, q_BSHn: torch.Tensor, q_BSHr: torch.Tensor, kept_BCw: torch.Tensor) -> torch.Tensor:
+        """The same, with the expansion moved to the queries and the output: [B, S, H, v].
+
+        k = W_UK latent and v = W_UV latent, so q·k = (W_UKᵀ q)·latent and Σ p v = W_UV (Σ p latent): every head reads
+        the cached latents as they are (DeepSeek-V2, section 2.1.2).
+        """
+        c = self.config
+        weight_Hwl = self.kv_b_proj.weight.unflatten(0, (c.num_attention_heads, -1))
+        up_k_Hnl, up_v_Hvl = weight_Hwl.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
+        q_BSHw = torch.cat([torch.einsum("bshn,hnl->bshl", q_BSHn, up_k_Hnl), q_BSHr], dim=-1)
+        scores_BHSC = self.scale * torch.einsum("bshw,bcw->bhsc", q_BSHw, kept_BCw)
+        new, kept = q_BSHn.shape[1], kept_BCw.shape[1]
+        visible_SC = torch.ones(new, kept, dtype=torch.bool, device=kept_BCw.device).tril(kept - new)
+        exact = torch.float64 if scores_BHSC.dtype == torch.float64 else torch.float32
+        weights_BHSC = scores_BHSC.masked_fill(~visible_SC, float("-inf")).softmax(-1, dtype=exact)
+        latent_BCl = kept_BCw[..., : c.kv_lora_rank]
+        seen_BSHl = torch.einsum("bhsc,bcl->bshl", weights_BHSC.to(latent_BCl.dtype), latent_BCl)
+        return torch.einsum("bshl,hvl->bshv", seen_BSHl, up_v_Hvl)

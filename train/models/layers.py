@@ -1,7 +1,6 @@
-"""Parts that every layer uses: norm, dense feed-forward network, rotary position embedding.
+"""Parts that every layer uses: norm, dense feed-forward network, residual. D hidden width."""
 
-B sequences, S positions, H heads, D hidden width, I feed-forward width, r rotary width.
-"""
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -39,24 +38,21 @@ class FeedForward(nn.Module):
         return self.down_proj(self.kernels.swiglu(gate_up))
 
 
-def rope_tables(positions_BS: torch.Tensor, width: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of position · theta^(−2i/r), FP32 [B, S, r/2] each (RoFormer, section 3.2.2)."""
-    exponents = torch.arange(0, width, 2, device=positions_BS.device, dtype=torch.float64) / width
-    frequencies = theta**-exponents
-    angles = positions_BS[..., None] * frequencies
-    return angles.cos().float(), angles.sin().float()
+class SumResidual:
+    """The plain residual: the stream is [B, S, D], and a branch's output is added to it.
 
-
-def rotate(x_BSHr: torch.Tensor, cos_BSc: torch.Tensor, sin_BSc: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (x₀,x₁), (x₂,x₃), … by their angles.
-
-    The weights of DeepSeek models store pairs interleaved. The result holds all first members, then all second ones;
-    queries and keys are reordered alike, so their products do not change.
-
-    Args:
-        x_BSHr: queries or keys, r even.
-        cos_BSc, sin_BSc: FP32, c = r/2.
+    The seam for other kinds (several streams, mixed before and after each branch): a kind says how the stream begins,
+    how a branch reads and writes it, and how it ends.
     """
-    cos, sin = cos_BSc[:, :, None].to(x_BSHr.dtype), sin_BSc[:, :, None].to(x_BSHr.dtype)
-    first, second = x_BSHr[..., 0::2], x_BSHr[..., 1::2]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+    def begin(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        """The stream from the embeddings."""
+        return x_BSD
+
+    def join(self, stream: torch.Tensor, branch: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The stream after a branch, which maps [B, S, D] to [B, S, D]."""
+        return stream + branch(stream)
+
+    def end(self, stream: torch.Tensor) -> torch.Tensor:
+        """[B, S, D] for the final norm."""
+        return stream

@@ -1,4 +1,4 @@
-"""DeepSeekMoE: shared experts that see every token, and routed experts chosen by a sigmoid gate.
+"""DeepSeekMoE: shared experts that see every token, and routed experts chosen by a gate (DeepSeek-V2, section 2.2).
 
 T tokens, K experts a token, E experts, N = T·K copies, D hidden width, I width of an expert.
 """
@@ -11,38 +11,11 @@ from octofold.kernels.registry import Kernels
 from octofold.parallel.apply import local
 from octofold.parallel.expert import LocalExperts
 from octofold.train.models.config import ModelConfig
+from octofold.train.models.gate import TopKGate
 from octofold.train.models.layers import FeedForward
 
-
-class SigmoidGate(nn.Module):
-    """Affinities by sigmoid; the bias takes part in choosing and never in the weights (DeepSeek-V3, section 2.1.2)."""
-
-    load_E: torch.Tensor
-    e_score_correction_bias: torch.Tensor
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        experts = config.n_routed_experts
-        self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32))
-        self.register_buffer("load_E", torch.zeros(experts, dtype=torch.int64), persistent=False)
-
-    def reset_balance(self) -> None:
-        """Zero the bias and the counter (a model made on the meta device has neither)."""
-        self.e_score_correction_bias.zero_()
-        self.load_E.zero_()
-
-    def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Chosen experts, int64 [T, K], and their weights, FP32 (FP64 for FP64 input) [T, K]."""
-        exact = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
-        scores_TE = torch.sigmoid(nn.functional.linear(x_TD.to(exact), self.weight.to(exact)))
-        biased_TE = scores_TE.detach() + self.e_score_correction_bias
-        experts_TK = biased_TE.topk(self.config.num_experts_per_tok, dim=-1, sorted=False).indices
-        weights_TK = scores_TE.gather(1, experts_TK)
-        if self.config.norm_topk_prob:
-            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-        return experts_TK, weights_TK * self.config.routed_scaling_factor
+GATES = {"top_k": TopKGate}
+"""By `ModelConfig.gate_kind`."""
 
 
 class StackedExperts(nn.Module):
@@ -63,10 +36,10 @@ class StackedExperts(nn.Module):
 class MixtureOfExperts(nn.Module):
     """Shared experts plus the weighted sum of the chosen routed ones. Dropless."""
 
-    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
+    def __init__(self, config: ModelConfig, layer: int, kernels: Kernels) -> None:
         super().__init__()
         self.kernels = kernels
-        self.gate = SigmoidGate(config)
+        self.gate = GATES[config.gate_kind(layer)](config)
         self.experts = StackedExperts(config)
         shared_width = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = FeedForward(config.hidden_size, shared_width, kernels) if shared_width else None
@@ -75,7 +48,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """[B, S, D] to [B, S, D]; in training mode the gate's `load_E` counts the copies sent to each expert."""
         x_TD = x_BSD.flatten(0, 1)
-        experts_TK, weights_TK = self.gate(x_TD)
+        experts_TK, weights_TK = self.gate(x_BSD)
         counts_E = torch.bincount(experts_TK.flatten(), minlength=self.gate.load_E.shape[0])
         if self.training:
             self.gate.load_E += counts_E
