@@ -72,3 +72,32 @@ def test_against_a_loop(lengths, sequence_length):
             assert batch.labels_BS[0, s] == (following if document == next_document else -100)
             assert batch.positions_BS[0, s] == position
             assert batch.doc_ids_BS[0, s] == document - piece[0][1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 7), min_size=1, max_size=12),
+    sequence_length=st.integers(1, 8),
+    depth=st.integers(1, 4),
+    masked=st.booleans(),
+)
+def test_tokens_and_labels_further_ahead(lengths, sequence_length, depth, masked):
+    documents = [[10 * d + i for i in range(n)] + [EOS] for d, n in enumerate(lengths)]
+    stream = [(token, d if masked else 0) for d, document in enumerate(documents) for token in document]
+    dataset = PackedDataset(
+        np.array([token for token, _ in stream]),
+        np.cumsum([0, *map(len, documents)]),
+        sequence_length=sequence_length,
+        mask_documents=masked,
+        text_bytes=1,
+    )
+    for index in range(len(dataset)):
+        piece = stream[index * sequence_length :][: sequence_length + 1]
+        tokens_BS, labels_BS = dataset.batch(np.array([index])).ahead(depth, mask_documents=masked)
+        assert tokens_BS.shape == labels_BS.shape == (1, sequence_length)
+        for s, (_, document) in enumerate(piece[:-1]):
+            token, label = (piece[s + d] if s + d < len(piece) else (-100, None) for d in (depth, depth + 1))
+            assert labels_BS[0, s] == (label[0] if label[1] == document else -100)
+            if token[1] == document:
+                assert tokens_BS[0, s] == token[0]
+            assert tokens_BS[0, s] >= 0
