@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -198,6 +198,8 @@ def _check_value(override: Override, schema: type, groups: list[str]) -> None:
 
 
 def _described(kind: Any) -> str:
+    if get_origin(kind) is list:
+        return "a list such as [a,b]"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
     return " or ".join(words[part] for part in get_args(kind) or (kind,))
 

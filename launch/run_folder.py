@@ -51,6 +51,8 @@ def _literal(value: Any) -> Any:
     """The value with `${` escaped, and the backslashes before it, so that OmegaConf sees text and no interpolation."""
     if isinstance(value, dict):
         return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     return value

@@ -19,10 +19,11 @@ from octofold.parallel.config import ParallelConfig, resolve
 from octofold.parallel.expert import ExchangedExperts, LocalExperts
 from octofold.parallel.mesh import build_meshes
 from octofold.parallel.norm import global_norm
-from octofold.train.build import BuiltModel, build_engine, build_model
+from octofold.train.build import BuiltModel, build_engine, build_model, draft_model
 from octofold.train.config import OptimConfig, PrecisionConfig, RunConfig, TrainConfig
 from octofold.train.engines.native import NativeEngine
 from octofold.train.loss import summed_cross_entropy, valid_tokens
+from octofold.train.memory import MemoryNeed
 from octofold.train.models.config import ModelConfig
 from octofold.train.models.decoder import Decoder
 from octofold.train.models.moe import StackedExperts
@@ -133,6 +134,16 @@ def build(model: ModelConfig, expert: int = 1, precision: str = "fp64", seed: in
         train=TrainConfig(seed=seed),
     )
     return build_model(config, torch.device("cpu"), model.vocab_size)
+
+
+def need(model: ModelConfig, expert: int = 1) -> MemoryNeed:
+    """What this rank must hold to train the model in FP64."""
+    config = RunConfig(
+        model=model,
+        parallel=resolve(ParallelConfig(expert=expert), dist.get_world_size()),
+        precision=PrecisionConfig("fp64"),
+    )
+    return draft_model(config, torch.device("cpu"), 0).need
 
 
 def whole(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

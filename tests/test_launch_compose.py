@@ -48,9 +48,9 @@ MISTAKES = [
     ("modle=tiny", "no key modle", "remedy: model=tiny"),
     ("zzqq=1", "no key zzqq", "keys start with one of: backend."),
     ("+train.zzqq=1", "no key train.zzqq", "keys start with one of"),
-    ("model=tinny", "model=tinny", "moe_10m, tiny", "remedy: model=tiny"),
+    ("model=tinny", "model=tinny", "moe_10m, octofold_1t, octofold_1t_tiny, tiny", "remedy: model=tiny"),
     ("experiment=quikstart", "remedy: experiment=quickstart"),
-    ("model={hidden_size: 8}", "model is a group", "model=moe_10m"),
+    ("model={hidden_size: 8}", "model is a group", "model=deepseek_v2"),
     ("model@data=tiny", "the group model is there already", "remedy: model=tiny"),
     ("+experiment=quickstart", "is there already", "remedy: experiment=quickstart"),
     ("train.steps=abc", "train.steps=abc", "a whole number", "remedy: train.steps=500"),
@@ -128,7 +128,7 @@ def test_a_sweep_becomes_the_jobs_of_its_product():
         (1, 1e-3, "a,b"),
         (1, 2e-3, "a,b"),
     ]
-    assert [compose(job).model.name for job in expand(["model=glob(*)"])] == ["moe_10m", "tiny"]
+    assert [compose(job).model.name for job in expand(["model=glob([m*,t*])"])] == ["moe_10m", "tiny"]
     with pytest.raises(UserError, match="remedy"):
         expand(["optim.lr=interval(0,1)"])
 

@@ -50,6 +50,15 @@ def test_refused(key: str, value: Any) -> None:
     assert caught.value.remedy
 
 
+def test_sequences_fit_the_model() -> None:
+    config = RunConfig(model=ModelConfig(max_position_embeddings=256))
+    with pytest.raises(ConfigError, match=r"^data\.sequence_length=512 model\.max_position_embeddings=256\n"):
+        validate(config, 1)
+    config = RunConfig(model=ModelConfig(num_nextn_predict_layers=512))
+    with pytest.raises(ConfigError, match=r"^model\.num_nextn_predict_layers=512 data\.sequence_length=512\n"):
+        validate(config, 1)
+
+
 def test_a_vocabulary_has_room_for_the_tokenizer() -> None:
     assert model_config(ModelConfig(), 257).vocab_size == 320
     assert model_config(ModelConfig(vocab_size=300), 257).vocab_size == 300

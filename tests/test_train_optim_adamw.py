@@ -7,6 +7,7 @@ import rank_tasks
 import torch
 from tiny_models import SMALL, decoder
 
+from octofold.backends.errors import ConfigError
 from octofold.train.config import OptimConfig
 from octofold.train.optim.adamw import build_adamw
 
@@ -14,7 +15,7 @@ OPTIM = OptimConfig(lr=0.25, beta1=0.7, beta2=0.8, eps=1e-5, weight_decay=0.3)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_decay_is_for_matrices(tied):
+def test_norms_and_the_embedding_do_not_decay(tied):
     model = decoder(replace(SMALL, q_lora_rank=6, tie_word_embeddings=tied))
     optimizer = build_adamw(model, OPTIM)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -25,6 +26,16 @@ def test_decay_is_for_matrices(tied):
     assert not decay
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (0.25, (0.7, 0.8), 1e-5)
+
+
+def test_other_patterns():
+    model = decoder(SMALL)
+    optimizer = build_adamw(model, replace(OPTIM, no_decay=["layers.1.*", "lm_head.weight"]))
+    spared = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in spared}
+    assert names == {n for n, _ in model.named_parameters() if n.startswith("layers.1.")} | {"lm_head.weight"}
+    with pytest.raises(ConfigError, match=r"optim\.no_decay=layer\.1\.\*\n"):
+        build_adamw(model, replace(OPTIM, no_decay=["*norm*", "layer.1.*"]))
 
 
 @pytest.mark.usefixtures("world_of_one")

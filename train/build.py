@@ -14,6 +14,7 @@ from octofold.parallel.mesh import Meshes, build_meshes
 from octofold.train.config import OptimConfig, RunConfig
 from octofold.train.data.build import Data
 from octofold.train.engines.native import NativeEngine
+from octofold.train.memory import MemoryNeed, ParameterCount, count_parameters, gib, memory_need
 from octofold.train.models.config import ModelConfig
 from octofold.train.models.decoder import Decoder
 from octofold.train.models.init import initialise
@@ -27,13 +28,14 @@ VOCABULARY_MULTIPLE = 64
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """A model on its device, split and initialised, with what the start-up table says of it."""
+    """A model split over its ranks, with what the start-up table says of it."""
 
     model: Decoder
+    """Parameters on the meta device until `materialise`."""
     meshes: Meshes
     choices: list[Choice]
-    total_parameters: int
-    active_parameters: int
+    count: ParameterCount
+    need: MemoryNeed
 
 
 def model_config(model: ModelConfig, tokenizer_size: int) -> ModelConfig:
@@ -51,17 +53,14 @@ def model_config(model: ModelConfig, tokenizer_size: int) -> ModelConfig:
     return replace(model, vocab_size=rounded)
 
 
-def count_parameters(model: Decoder) -> tuple[int, int]:
-    """Parameters in all, and those that one token passes through (its own experts; the whole embedding and head)."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    stacked = [model.get_submodule(name) for name in model.plan().experts]
-    routed = sum(parameter.numel() for module in stacked for parameter in module.parameters())
-    share = model.config.num_experts_per_tok / model.config.n_routed_experts
-    return total, total - routed + round(routed * share)
+def draft_model(config: RunConfig, device: torch.device, tokenizer_size: int, *, training: bool = True) -> BuiltModel:
+    """The configured model over the default process group, without allocating it.
 
-
-def build_model(config: RunConfig, device: torch.device, tokenizer_size: int) -> BuiltModel:
-    """The configured model over the default process group. `config.parallel` must be resolved."""
+    Args:
+        config: with `parallel` resolved.
+        tokenizer_size: fills in a vocabulary size of 0.
+        training: the memory counted includes gradients and moments.
+    """
     shape = model_config(config.model, tokenizer_size)
     compute_dtype = COMPUTE_DTYPES[config.precision.name]
     master_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
@@ -69,15 +68,33 @@ def build_model(config: RunConfig, device: torch.device, tokenizer_size: int) ->
     kernels, choices = choose(config.kernels, workload)
     with torch.device("meta"):
         model = load_architecture(shape.architecture)(shape, kernels).to(master_dtype)
-    total, active = count_parameters(model)
     plan = model.plan()
+    count = count_parameters(model, plan, shape.num_experts_per_tok / shape.n_routed_experts)
     meshes = build_meshes(config.parallel, device.type)
     apply_plan(model, plan, meshes, compute_dtype=compute_dtype, master_dtype=master_dtype)
+    need = memory_need(model, plan, compute_dtype, training=training)
+    return BuiltModel(model, meshes, choices, count, need)
+
+
+def materialise(drafted: BuiltModel, device: torch.device, *, seed: int) -> None:
+    """Give a drafted model its memory and its initial weights, in place."""
+    model = drafted.model
     model.to_empty(device=device)
     for gate in model.gates().values():
         gate.reset_balance()
-    initialise(model, seed=config.train.seed, std=shape.initializer_range, stacked=plan.experts)
-    return BuiltModel(model, meshes, choices, total, active)
+    initialise(model, seed=seed, std=model.config.initializer_range, stacked=model.plan().experts)
+
+
+def build_model(config: RunConfig, device: torch.device, tokenizer_size: int) -> BuiltModel:
+    """`draft_model` and `materialise`."""
+    drafted = draft_model(config, device, tokenizer_size)
+    materialise(drafted, device, seed=config.train.seed)
+    return drafted
+
+
+def rank_memory_bytes(capabilities: Capabilities, device: torch.device, info: RankInfo) -> int:
+    """What a rank may use of its device; the ranks of a machine share its host memory."""
+    return capabilities.memory_bytes // (info.local_world_size if device.type == "cpu" else 1)
 
 
 def build_engine(model: Decoder, optim: OptimConfig, total_updates: int) -> NativeEngine:
@@ -112,8 +129,9 @@ def startup_sections(
     return {
         "model": {
             "name": shape.name,
-            "parameters": built.total_parameters,
-            "active a token": built.active_parameters,
+            "parameters": built.count.total,
+            "active a token": built.count.active,
+            "multi-token prediction": f"{built.count.mtp:,} parameters more" if built.count.mtp else "none",
             "layers": f"{shape.num_hidden_layers} ({len(built.model.gates())} with experts)",
             "experts": f"{shape.n_routed_experts} routed, {shape.num_experts_per_tok} a token, "
             f"{shape.n_shared_experts} shared",
@@ -127,7 +145,9 @@ def startup_sections(
         "device": {
             "backend": backend.name,
             "device": capabilities.device_name,
-            "memory": f"{capabilities.memory_bytes / 2**30:.1f} GiB",
+            "memory of a rank": gib(rank_memory_bytes(capabilities, backend.device(info.local_rank), info)),
+            "weights, gradients, moments": gib(built.need.state_bytes),
+            "gathered layers": f"{gib(built.need.gathered_bytes)} (activations not counted)",
         },
         "precision": {
             "compute": config.precision.name + arithmetic,

@@ -32,7 +32,8 @@ class OptimConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    """Applied to matrices; norms and embeddings are left out."""
+    no_decay: list[str] = field(default_factory=lambda: ["*norm*", "embed_tokens.*"])
+    """Names of parameters without weight decay, with * and ?. A tied head is the embedding: embed_tokens.weight."""
     clip_norm: float = 1.0
     """Bound of the global gradient norm; 0 switches clipping off."""
     schedule: str = "cosine"
@@ -125,6 +126,7 @@ def validate(config: RunConfig, world_size: int) -> RunConfig:
     _check_optim(config.optim)
     _check_batch(config.train, config.parallel)
     _check_experts(config)
+    _check_length(config)
     return config
 
 
@@ -179,3 +181,17 @@ def _check_experts(config: RunConfig) -> None:
         legal = [d for d in range(1, experts + 1) if experts % d == 0]
         shown = f"model.n_routed_experts={experts} parallel.expert={degree}"
         raise ConfigError("parallel.expert", shown, "every rank holds the same number of experts", f"one of {legal}")
+
+
+def _check_length(config: RunConfig) -> None:
+    model, length = config.model, config.data.sequence_length
+    if model.max_position_embeddings and length > model.max_position_embeddings:
+        shown = f"data.sequence_length={length} model.max_position_embeddings={model.max_position_embeddings}"
+        rule = "a sequence is no longer than the model is meant for"
+        raise ConfigError(
+            "data.sequence_length", shown, rule, f"data.sequence_length={model.max_position_embeddings} or less"
+        )
+    if model.num_nextn_predict_layers >= length:
+        shown = f"model.num_nextn_predict_layers={model.num_nextn_predict_layers} data.sequence_length={length}"
+        rule = "a sequence is longer than multi-token prediction looks ahead"
+        raise ConfigError("model.num_nextn_predict_layers", shown, rule, "a longer sequence, or fewer layers")

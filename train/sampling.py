@@ -1,29 +1,30 @@
-"""Text from a model: one token at a time, from the full forward pass."""
+"""Text from a model: one token at a time, over a cache of latents."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from octofold.backends.errors import UserError
 from octofold.backends.process_group import RankInfo, joined
 from octofold.backends.registry import resolve
 from octofold.parallel.config import ParallelConfig
 from octofold.parallel.config import resolve as resolve_degrees
-from octofold.train.build import build_model
+from octofold.train.build import draft_model, materialise, rank_memory_bytes
 from octofold.train.checkpoint.manager import Checkpointer, find
 from octofold.train.config import RunConfig
 from octofold.train.data.tokenizer import Tokenizer, load_saved_tokenizer
 from octofold.train.engines.native import model_tensors
-
-WINDOW_MULTIPLE = 64
+from octofold.train.memory import require_memory
+from octofold.train.models.attention import LatentCache
+from octofold.train.models.decoder import Decoder
 
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
+    model: Decoder,
     tokenizer: Tokenizer,
     prompt: str,
     *,
@@ -36,30 +37,71 @@ def generate(
 ) -> str:
     """The prompt continued by up to `tokens` tokens; ends early at the tokenizer's end-of-text.
 
-    Collective: every rank passes the same arguments and draws the same tokens. Leaves the model in training mode.
+    Arguments as in `generate_ids`. Leaves the model in training mode.
+    """
+    ids = [int(i) for i in tokenizer.encode(prompt)] or [tokenizer.eos_id]
+    continued = generate_ids(
+        model,
+        ids,
+        tokens=tokens,
+        context=context,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        device=device,
+    )
+    model.train()
+    return tokenizer.decode([*ids, *continued])
+
+
+@torch.no_grad()
+def generate_ids(
+    model: Decoder,
+    ids: Sequence[int],
+    *,
+    tokens: int,
+    context: int,
+    vocab_size: int,
+    eos_id: int | None,
+    temperature: float,
+    top_k: int,
+    seed: int,
+    device: torch.device,
+) -> list[int]:
+    """Up to `tokens` tokens that follow `ids`, without the end-of-text that ends them early.
+
+    Each token is computed from the cached latents of those before it. When `context` tokens are cached, the newer half
+    of them is read again into an empty cache, and so on. Collective: every rank passes the same arguments and draws the
+    same tokens. Leaves the model in evaluation mode.
 
     Args:
-        context: the model sees at most this many tokens back.
+        context: the model sees at most this many tokens back; at least 2.
+        vocab_size: ids from here on are never drawn (rows of the head that only pad it).
         temperature: 0 takes the likeliest token.
         top_k: draw among this many likeliest tokens; 0: among all.
+
+    Raises:
+        UserError: the model's logits are not finite.
     """
-    generator = torch.Generator().manual_seed(seed)
-    ids = [int(i) for i in tokenizer.encode(prompt)] or [tokenizer.eos_id]
     model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    ids, prompt = list(ids), len(ids)
+    cache, unread = None, ids[-context:]
     for _ in range(tokens):
-        window = ids[-context:]
-        # Padding behind a token does not change what it sees, and keeps the shapes few (libraries compile for each).
-        padding = [tokenizer.eos_id] * (-len(window) % WINDOW_MULTIPLE)
-        tokens_1S = torch.tensor([window + padding], device=device)
-        positions_1S = torch.arange(tokens_1S.shape[1], device=device)[None]
-        logits_V = model(tokens_1S, positions_1S)[0, len(window) - 1, : tokenizer.vocab_size]
-        logits = logits_V.double().cpu()
-        chosen = _agree(_draw(logits, temperature, top_k, generator), device)
-        if chosen == tokenizer.eos_id:
+        if cache is None or cache.length + len(unread) > context:
+            unread = ids[-context:] if cache is None else ids[-max(context // 2, 1) :]
+            cache = LatentCache(model.config.num_hidden_layers, capacity=context)
+        tokens_1S = torch.tensor([unread], device=device)
+        positions_1S = torch.arange(cache.length, cache.length + len(unread), device=device)[None]
+        logits_V = model(tokens_1S, positions_1S, cache=cache)[0, -1, :vocab_size]
+        chosen = _agree(_draw(logits_V.double().cpu(), temperature, top_k, generator), device)
+        if chosen == eos_id:
             break
         ids.append(chosen)
-    model.train()
-    return tokenizer.decode(ids)
+        unread = [chosen]
+    return ids[prompt:]
 
 
 def _draw(logits_V: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
@@ -96,8 +138,12 @@ def sample(
     backend, info = resolve(config.backend.name), RankInfo()
     with joined(backend, config.backend, info):
         device = backend.device(0)
-        alone = resolve_degrees(ParallelConfig(), 1)
-        model = build_model(replace(config, parallel=alone), device, tokenizer.vocab_size).model
+        alone = replace(config, parallel=resolve_degrees(ParallelConfig(), 1))
+        built = draft_model(alone, device, tokenizer.vocab_size, training=False)
+        memory_bytes = rank_memory_bytes(backend.capabilities(0), device, info)
+        require_memory(config.model.name, built.count, built.need, memory_bytes=memory_bytes, ranks=1, device=device)
+        materialise(built, device, seed=config.train.seed)
+        model = built.model
         Checkpointer(run_dir, config.checkpoint, device).load(checkpoint, model_tensors(model), whole=False)
         return generate(
             model,

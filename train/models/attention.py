@@ -19,23 +19,31 @@ LATENT_NORM_EPS = 1e-6
 class LatentCache:
     """What absorbed attention keeps of past tokens: l + r numbers a token and layer, shared by all heads."""
 
-    def __init__(self, config: ModelConfig, *, sequences: int, capacity: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, layers: int, capacity: int) -> None:
         """
         Args:
-            capacity: tokens a sequence may come to.
+            capacity: tokens that a sequence may come to.
         """
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        shape = (config.num_hidden_layers, sequences, capacity, width)
-        self.kept_LBCw = torch.zeros(shape, dtype=dtype, device=device)
+        self.capacity = capacity
         self.length = 0
         """Tokens that every layer has seen."""
+        self._kept_BCw: list[torch.Tensor | None] = [None] * layers
+
+    @property
+    def size_bytes(self) -> int:
+        """What the cache takes, filled or not."""
+        return sum(kept.nbytes for kept in self._kept_BCw if kept is not None)
 
     def extend(self, layer: int, new_BSw: torch.Tensor) -> torch.Tensor:
         """Append a layer's new tokens; returns all of that layer's, [B, length + S, l + r]."""
-        end = self.length + new_BSw.shape[1]
-        assert end <= self.kept_LBCw.shape[2], "the cache is full"
-        self.kept_LBCw[layer, :, self.length : end] = new_BSw
-        return self.kept_LBCw[layer, :, :end]
+        sequences, tokens, width = new_BSw.shape
+        end = self.length + tokens
+        assert end <= self.capacity, "the cache is full"
+        kept_BCw = self._kept_BCw[layer]
+        if kept_BCw is None:
+            kept_BCw = self._kept_BCw[layer] = new_BSw.new_empty(sequences, self.capacity, width)
+        kept_BCw[:, self.length : end] = new_BSw
+        return kept_BCw[:, :end]
 
     def advance(self, tokens: int) -> None:
         """Every layer has appended so many tokens."""

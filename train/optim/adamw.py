@@ -1,23 +1,35 @@
 """AdamW over sharded master weights, with the parameter groups that language models use."""
 
+from fnmatch import fnmatchcase
+
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from octofold.backends.errors import ConfigError
 from octofold.train.config import OptimConfig
 
 
-def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Weight decay is for matrices; norms and the embedding are left out."""
-    return parameter.ndim >= 2 and not name.startswith("embed_tokens")
+def decays(name: str, no_decay: list[str]) -> bool:
+    """Whether weight decay applies to a parameter: its name matches none of the patterns."""
+    return not any(fnmatchcase(name, pattern) for pattern in no_decay)
 
 
 def build_adamw(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """One parameter group for each (mesh, decay): torch's fused step takes one mesh at a time."""
+    """One parameter group for each (mesh, decay): torch's fused step takes one mesh at a time.
+
+    Raises:
+        ConfigError: a pattern of `optim.no_decay` matches no parameter.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in optim.no_decay:
+        if all(decays(name, [pattern]) for name in names):
+            rule = "every pattern matches some parameter, else it would silently do nothing"
+            raise ConfigError("optim.no_decay", pattern, rule, f"patterns of names such as {names[0]} or {names[1]}")
     groups: dict[tuple[object, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        groups.setdefault((mesh, decays(name, parameter)), []).append(parameter)
+        groups.setdefault((mesh, decays(name, optim.no_decay)), []).append(parameter)
     return torch.optim.AdamW(
         [
             {"params": parameters, "weight_decay": optim.weight_decay if decay else 0.0}
