@@ -22,7 +22,7 @@ from octofold.backends.errors import ConfigError, UserError
 from octofold.launch.config import JobConfig
 
 CONFIG_NAME = "config.yaml"
-# The file that makes a step folder a checkpoint: octofold.train.checkpoint.storage.MANIFEST, which needs torch.
+# The file that makes a step folder a checkpoint: octofold.train.checkpoint.manifest.MANIFEST, which needs torch.
 MANIFEST = "manifest.json"
 # What OmegaConf raises for a file, a key or a value it cannot take.
 CONFIG_ERRORS = (OmegaConfBaseException, YAMLError, TypeError, ValueError, AttributeError)

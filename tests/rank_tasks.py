@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from octofold.parallel.expert import ExchangedExperts, LocalExperts
 from octofold.parallel.mesh import build_meshes
 from octofold.parallel.norm import global_norm
 from octofold.train.build import BuiltModel, build_engine, build_model, draft_model
-from octofold.train.config import OptimConfig, PrecisionConfig, RunConfig, TrainConfig
-from octofold.train.engines.native import NativeEngine
+from octofold.train.checkpoint.manager import Checkpointer, find
+from octofold.train.config import CheckpointConfig, OptimConfig, PrecisionConfig, RunConfig, TrainConfig
+from octofold.train.engines.native import NativeEngine, model_tensors
 from octofold.train.loss import summed_cross_entropy, valid_tokens
 from octofold.train.memory import MemoryNeed
 from octofold.train.models.config import ModelConfig
@@ -155,6 +157,24 @@ def whole(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 def initial_weights(model: ModelConfig, expert: int, precision: str) -> dict[str, torch.Tensor]:
     """Every parameter and bias of a model nothing has happened to, unsplit."""
     return whole(build(model, expert, precision).model.state_dict().items())
+
+
+def load_weights(model: ModelConfig, expert: int, run_dir: Path) -> dict[str, torch.Tensor]:
+    """The run's checkpoint of weights in a model on `expert` expert ranks: every parameter and bias, unsplit."""
+    built = build(model, expert).model
+    engine = build_engine(built, OptimConfig(), UPDATES)
+    checkpointer = Checkpointer(run_dir, CheckpointConfig(), torch.device("cpu"))
+    assert checkpointer.load(find(run_dir), engine.tensors())["weights_only"]
+    assert not any(t.any() for name, t in engine.tensors().items() if name.startswith("optim."))
+    return whole(built.state_dict().items())
+
+
+def saved_weights(model: ModelConfig, expert: int, run_dir: Path) -> dict[str, torch.Tensor]:
+    """Save a model on `expert` expert ranks; its parameters and biases, unsplit."""
+    built = build(model, expert).model
+    checkpointer = Checkpointer(run_dir, CheckpointConfig(), torch.device("cpu"))
+    checkpointer.save(1, model_tensors(built), {})
+    return whole(model_tensors(built).items())
 
 
 def backward(engine: NativeEngine, model: Decoder, tokens_BS: torch.Tensor, micro: int, factor: float = 1.0) -> float:

@@ -112,7 +112,7 @@ def test_only_complete_checkpoints_count_in_the_order_of_their_steps(tmp_path):
 
 
 def test_the_checkpoint_marker_is_the_one_that_training_writes():
-    from octofold.train.checkpoint.storage import MANIFEST as WRITTEN
+    from octofold.train.checkpoint.manifest import MANIFEST as WRITTEN
 
     assert MANIFEST == WRITTEN
 

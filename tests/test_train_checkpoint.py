@@ -19,7 +19,8 @@ from safetensors import safe_open
 from octofold.backends.errors import UserError
 from octofold.train.build import model_config
 from octofold.train.checkpoint.manager import find, published
-from octofold.train.checkpoint.storage import read_manifest, read_tensors
+from octofold.train.checkpoint.manifest import read_manifest
+from octofold.train.checkpoint.storage import read_tensors
 from octofold.train.main import Outcome, train
 from octofold.train.models.registry import load_architecture
 

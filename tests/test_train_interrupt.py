@@ -16,7 +16,7 @@ import run_tasks
 from run_configs import overrides, tiny_run, write_corpus
 
 from octofold.train.checkpoint.manager import find, published
-from octofold.train.checkpoint.storage import read_manifest
+from octofold.train.checkpoint.manifest import read_manifest
 from octofold.train.config import RunConfig
 from octofold.train.metrics import read_metrics
 

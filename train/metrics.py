@@ -1,11 +1,23 @@
 """A run's record: one JSON object a line in `metrics.jsonl`, copied to Weights & Biases and TensorBoard. Torch-free.
 
-A record is a flat dict with `kind` and `step`; its fields by kind (losses in nats, `expert_load` as shares that sum
-to 1 over a layer's experts):
+A record is a flat dict with `kind` and `step`; its fields by kind (losses in nats):
 
-    train       loss, lr, grad_norm, tokens, tokens_per_s, step_s, time_s, imbalance, expert_load, unused_experts
+    train       loss, mtp_losses, sequence_loss, expert_loss, device_loss, communication_loss, z_loss, lr, grad_norm,
+                applied, tokens, tokens_per_s, step_s, time_s, imbalance, unused_experts, balance, expert_load
     validation  loss, loss_per_byte, tokens
     final       validation_loss, validation_loss_per_byte, baselines (nats/byte by name), sample, train_s
+
+Fields of `train` that need a word:
+
+    mtp_losses      cross-entropy of each depth of multi-token prediction, unweighted; absent without depths
+    *_loss          balance losses that have a weight: unweighted means over sequences and layers with experts
+    imbalance       busiest expert's load ÷ mean load in the layer where it is largest
+    unused_experts  experts that no token chose, counted over all layers
+    balance         dict of `imbalance`, `unused_share` and `load_entropy`, each a dict from layer to number
+                    (`octofold.parallel.balance.load_metrics`)
+    expert_load     dict from layer to the experts' shares of the load, which sum to 1
+
+The last four are absent where no layer has experts.
 
 JSON has no NaN or infinity. Such a value is written as `null` and named in the record's `non_finite` field, a dict from
 its path (`loss`, `expert_load/3/0`) to `nan`, `inf` or `-inf`; `read_metrics` puts it back.
@@ -183,13 +195,19 @@ def _keep_until(run_dir: Path, step: int) -> None:
 
 
 def _flatten(record: dict[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
-    """A record's numbers and texts named `kind/field`; a layer's expert load becomes its max ÷ mean."""
+    """A record's numbers and texts named `kind/field`, and how evenly each layer's experts are used as `name/layer_N`.
+
+    The experts' single loads stay in the file: a large model has tens of thousands.
+    """
     scalars: dict[str, float] = {}
     texts: dict[str, str] = {}
     kind = record["kind"]
-    for layer, shares in record.get("expert_load", {}).items():
-        scalars[f"imbalance/layer_{layer}"] = max(shares) * len(shares)
-    rest = {key: value for key, value in record.items() if key not in ("kind", "step", "expert_load")}
+    for name, of_layers in record.get("balance", {}).items():
+        scalars |= {f"{name}/layer_{layer}": value for layer, value in of_layers.items()}
+    for depth, loss in enumerate(record.get("mtp_losses", []), start=1):
+        scalars[f"{kind}/mtp_loss_{depth}"] = loss
+    nested = ("balance", "mtp_losses", "expert_load")
+    rest = {key: value for key, value in record.items() if key not in ("kind", "step", *nested)}
     for path, value in _leaves(rest):
         name = "/".join((kind, *path))
         if isinstance(value, str):

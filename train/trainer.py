@@ -10,7 +10,7 @@ import torch
 
 from octofold.backends.collectives import all_reduce_sum
 from octofold.backends.errors import UserError
-from octofold.parallel.balance import gather_loads, update_biases
+from octofold.parallel.balance import gather_loads, load_metrics, update_biases
 from octofold.train.checkpoint.manager import Checkpointer
 from octofold.train.config import RunConfig
 from octofold.train.console import Console, RunProgress
@@ -218,12 +218,14 @@ class Trainer:
         self._interval_s, self._interval_tokens, self._interval_steps = time.monotonic(), 0, 0
 
     def _load_metrics(self, loads_GE: torch.Tensor) -> dict[str, Any]:
-        shares_GE = loads_GE / loads_GE.sum(1, keepdim=True).clamp(min=1)
-        imbalance_G = shares_GE.amax(1) * shares_GE.shape[1]
+        """The loads as the metrics name them: of the worst layer, of all layers, and layer by layer."""
+        layers, metrics = [str(layer) for layer in self.gates], load_metrics(loads_GE)
+        shares_GE = loads_GE / loads_GE.sum(1, keepdim=True)
         return {
-            "imbalance": float(imbalance_G.max()),
+            "imbalance": float(metrics["imbalance"].max()),
             "unused_experts": int((loads_GE == 0).sum()),
-            "expert_load": {str(layer): row for layer, row in zip(self.gates, shares_GE.tolist(), strict=True)},
+            "balance": {name: dict(zip(layers, of_G.tolist(), strict=True)) for name, of_G in metrics.items()},
+            "expert_load": dict(zip(layers, shares_GE.tolist(), strict=True)),
         }
 
     def validate(self, sequences: int) -> dict[str, Any] | None:
@@ -306,5 +308,6 @@ class Trainer:
         state = self.checkpointer.load(folder, self.engine.tensors())
         self.progress = Progress(step=state["step"], tokens_seen=state["tokens_seen"])
         self.engine.restore(state["updates"])
-        self.loader.load_state_dict(state["loader"])
+        if not state.get("weights_only"):
+            self.loader.load_state_dict(state["loader"])
         self.saved_step, self.last_checkpoint = self.progress.step, folder

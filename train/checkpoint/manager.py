@@ -12,7 +12,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from octofold.backends.collectives import all_reduce_sum
 from octofold.backends.errors import UserError
-from octofold.train.checkpoint.storage import MANIFEST, read_manifest, read_tensors, write_manifest, write_tensors
+from octofold.train.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
+from octofold.train.checkpoint.storage import read_tensors, write_tensors
 from octofold.train.config import CheckpointConfig
 
 STEP_FOLDER = re.compile(r"step_(\d+)")
@@ -48,6 +49,28 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
+def publish_weights(run_dir: Path, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
+    """Write a checkpoint of weights only as step 0 of a run, from one process; all of it or nothing.
+
+    Args:
+        write: fills a folder with safetensors files of whole tensors named model.…; a weight may be E4M3 beside its
+            scales (train/checkpoint/quantized.py).
+        state: joins the manifest; `block` is the edge of the FP8 blocks.
+    """
+    final = run_dir / "checkpoints" / "step_0"
+    partial = final.with_name(".step_0.partial")
+    try:
+        partial.mkdir(parents=True)
+        write(partial)
+        start = {"step": 0, "updates": 0, "tokens_seen": 0, "weights_only": True}
+        write_manifest(partial, {**start, **state})
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
 class Checkpointer:
     """Saves and loads one run's checkpoints. Every method is collective: all ranks call it together."""
 
@@ -76,11 +99,15 @@ class Checkpointer:
     def load(self, folder: Path, tensors: dict[str, torch.Tensor], *, whole: bool = True) -> dict[str, Any]:
         """Fill `tensors` from a checkpoint and return the state saved with them; `whole`: they must be all of it.
 
+        One that holds weights only, as `publish_weights` writes, leaves the optimiser's moments as they are.
+
         Raises:
             UserError: the checkpoint is incomplete, or is of another model.
         """
         state = read_manifest(folder)
-        read_tensors(folder, tensors, whole=whole)
+        if state.get("weights_only"):
+            tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+        read_tensors(folder, tensors, whole=whole, block=state.get("block"))
         return state
 
     def _begin(self, partial: Path) -> None:

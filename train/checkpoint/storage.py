@@ -3,23 +3,20 @@
 Every rank writes the shards it owns; a file's header says where each shard lies in the whole tensor.
 """
 
-import json
-import os
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from octofold.backends.errors import UserError
-
-MANIFEST = "manifest.json"
-FORMAT = 1
-"""Of the manifest and the names of tensors; a reader refuses any other."""
-REMEDY = "\n  remedy: resume from an earlier checkpoint of the run"
+from octofold.train.checkpoint.manifest import REMEDY
+from octofold.train.checkpoint.quantized import SCALE_SUFFIX, dequantize_window
+from octofold.train.checkpoint.reading import CheckpointReader
 
 
 def write_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -27,11 +24,14 @@ def write_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
 
-def read_tensors(folder: Path, tensors: dict[str, torch.Tensor], *, whole: bool = True) -> None:
-    """Collective: fill `tensors`, on any layout, in place from what `write_tensors` wrote.
+def read_tensors(
+    folder: Path, tensors: dict[str, torch.Tensor], *, whole: bool = True, block: int | None = None
+) -> None:
+    """Collective: fill `tensors`, on any layout and in their own dtype, in place from a checkpoint.
 
     Args:
         whole: also refuse a checkpoint that holds tensors not asked for.
+        block: edge of the blocks of weights that the checkpoint holds in FP8.
 
     Raises:
         UserError: a file is damaged, or names or shapes differ from the checkpoint's.
@@ -46,7 +46,9 @@ def read_tensors(folder: Path, tensors: dict[str, torch.Tensor], *, whole: bool 
     saved = reader.read_metadata().state_dict_metadata
     faults = [f"{name}: not in the checkpoint" for name in tensors if name not in saved]
     if whole:
-        faults += [f"{name}: in the checkpoint only" for name in saved if name not in tensors]
+        faults += [
+            f"{name}: in the checkpoint only" for name in saved if name.removesuffix(SCALE_SUFFIX) not in tensors
+        ]
     for name in sorted(saved.keys() & tensors.keys()):
         entry = saved[name]
         assert isinstance(entry, TensorStorageMetadata)  # nothing else is written
@@ -61,42 +63,38 @@ def read_tensors(folder: Path, tensors: dict[str, torch.Tensor], *, whole: bool 
             + more
             + "\n  remedy: resume with the model the checkpoint was made with"
         )
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+    quantised = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if saved[name].properties.dtype == torch.float8_e4m3fn  # type: ignore[union-attr]
+    }
+    plain = {name: tensor for name, tensor in tensors.items() if name not in quantised}
+    dcp.load(plain, storage_reader=HuggingFaceStorageReader(str(folder)))
+    if quantised:
+        assert block is not None, "the manifest of a checkpoint with FP8 weights says their block"
+        _read_quantised(folder, quantised, block)
 
 
-def write_manifest(folder: Path, state: dict[str, Any]) -> None:
-    """Write `state` and the size of every file beside the tensors, and flush all of it to the disk."""
-    files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
-    document = json.dumps({"format": FORMAT, "state": state, "file_bytes": files}, indent=2) + "\n"
-    (folder / MANIFEST).write_text(document)
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The state saved with a checkpoint, after a check that every file is there in full.
-
-    Raises:
-        UserError: the checkpoint is incomplete (says which file), or of another format.
-    """
-    try:
-        document = json.loads((folder / MANIFEST).read_text())
-        version, state, files = document["format"], dict(document["state"]), dict(document["file_bytes"])
-    except FileNotFoundError:
-        raise UserError(f"{folder} is no complete checkpoint: {MANIFEST} is missing{REMEDY}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / MANIFEST} cannot be read: {error!r}{REMEDY}") from None
-    if version != FORMAT:
-        rule = f"\n  rule:   this version reads format {FORMAT}\n  remedy: resume with the version that wrote it"
-        raise UserError(f"{folder / MANIFEST} has format {version}{rule}")
-    for name, size in files.items():
-        path = folder / name
-        found = path.stat().st_size if path.exists() else None
-        if found != size:
-            shown = "is missing" if found is None else f"holds {found} bytes"
-            raise UserError(f"{path} {shown}, but {size} bytes were written{REMEDY}")
-    return state
+@torch.no_grad()
+def _read_quantised(folder: Path, tensors: dict[str, torch.Tensor], block: int) -> None:
+    """Fill each tensor's shard with dequantised values, one matrix at a time."""
+    reader = CheckpointReader(folder)
+    for name, tensor in tensors.items():
+        shape, offset, local = tuple(tensor.shape), (0,) * tensor.ndim, tensor
+        if isinstance(tensor, DTensor):
+            shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+            local = tensor.to_local()
+        if local.numel() == 0:
+            continue
+        *leading, first_row, first_column = offset
+        places = {"block": block, "rows": tensor.shape[-2], "first_row": first_row, "first_column": first_column}
+        window = tuple(slice(o, o + s) for o, s in zip(offset[-2:], shape[-2:], strict=True))
+        if not leading:
+            data = reader.read_rows(name, first_row, first_row + shape[0])[:, window[1]]
+            scale = reader.read_rows(name + SCALE_SUFFIX, 0, reader.tensors[name + SCALE_SUFFIX][1][0])
+            local.copy_(dequantize_window(name, data, scale, **places))
+            continue
+        for expert in range(shape[0]):
+            row = leading[0] + expert
+            data, scale = (reader.read_rows(n, row, row + 1)[0] for n in (name, name + SCALE_SUFFIX))
+            local[expert].copy_(dequantize_window(name, data[window], scale, **places))
