@@ -19,6 +19,8 @@ verbs:
   train     train a model, or go on with a run
   sample    write text from a run's newest checkpoint
   report    draw a run: loss, expert load, throughput
+  import    begin a run from a Hugging Face checkpoint
+  export    write a run's checkpoint for Hugging Face transformers, vLLM and others
 
   octofold VERB --help          what a verb takes
   octofold --version
@@ -62,6 +64,36 @@ REPORT_USAGE = """\
 usage: octofold report RUN
 
 Draws loss, learning rate, gradient norm, expert load and throughput of a run, as PNG files and one HTML page.
+"""
+
+
+IMPORT_USAGE = """\
+usage: octofold import FOLDER [GROUP=OPTION ...] [KEY=VALUE ...]
+
+Makes a run whose step 0 holds the weights of a Hugging Face checkpoint of DeepSeek-V2, V2-Lite or V3 (BF16, FP16, FP32
+or FP8 blocks, which are copied as they are), and prints its folder. Then: octofold sample RUN 'PROMPT', or
+octofold train resume=RUN.
+
+FOLDER holds config.json and model.safetensors, or its shards with model.safetensors.index.json. What follows is what
+`octofold train` takes; the model comes from config.json, but for model.name, model.balance.*, model.mtp.*,
+model.initializer_range and model.num_nextn_predict_layers=0.
+
+  octofold import DeepSeek-V2-Lite run_dir=runs/lite data=text data.path='corpus/*.txt' data.sequence_length=4096
+"""
+
+EXPORT_USAGE = """\
+usage: octofold export RUN [export.KEY=VALUE ...]
+
+Writes the newest checkpoint of a run (or RUN/checkpoints/step_N) as a folder that transformers, vLLM and others load:
+sharded safetensors with an index, config.json, tokenizer, model card. Prints the folder.
+
+  export.to=FOLDER          default: RUN/export/step_N-PRECISION
+  export.precision=bf16     bf16, fp32, or fp8: linear layers in E4M3 blocks, quantised from the FP32 master weights
+  export.block=128          edge of the FP8 blocks
+  export.scale_fmt=auto     float: FP32 scales; ue8m0: powers of two; auto: what the checkpoint holds, else float
+  export.shard_gb=5         size of a file, about
+  export.mtp=true           also the layers of multi-token prediction
+  export.license=unknown    for the model card, such as apache-2.0
 """
 
 
@@ -129,6 +161,24 @@ def _report(argv: list[str]) -> int:
     return 0
 
 
+def _import(argv: list[str]) -> int:
+    if not argv or "=" in argv[0]:
+        raise UserError("import\n  rule:   it takes a folder, then key=value\n  remedy: octofold import FOLDER")
+    from octofold.launch.hf import import_checkpoint
+
+    print(import_checkpoint(argv[0], argv[1:]))
+    return 0
+
+
+def _export(argv: list[str]) -> int:
+    if not argv or "=" in argv[0]:
+        raise UserError("export\n  rule:   it takes a run, then export.key=value\n  remedy: octofold export RUN")
+    from octofold.launch.hf import export_run
+
+    print(export_run(argv[0], argv[1:]))
+    return 0
+
+
 def _train(argv: list[str]) -> int:
     from octofold.launch.train import run
 
@@ -139,4 +189,6 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, TRAIN_USAGE),
     "sample": (_sample, SAMPLE_USAGE),
     "report": (_report, REPORT_USAGE),
+    "import": (_import, IMPORT_USAGE),
+    "export": (_export, EXPORT_USAGE),
 }

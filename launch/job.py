@@ -12,6 +12,7 @@ from octofold.launch.config import JobConfig
 from octofold.launch.config import check as check_launch
 from octofold.launch.run_folder import checkpoints, has_checkpoint, read_config
 from octofold.train.config import validate
+from octofold.train.models.config import ModelConfig
 
 # What a continued run may change by itself; all else would make the saved model, optimiser or data order another one's.
 FREE_KEYS = re.compile(
@@ -51,18 +52,25 @@ def draft(texts: Sequence[str], config_dirs: Sequence[str] = ()) -> JobConfig:
     return config
 
 
-def settle(texts: Sequence[str], config_dirs: Sequence[str] = (), world_size: int | None = None) -> Job:
+def settle(
+    texts: Sequence[str],
+    config_dirs: Sequence[str] = (),
+    world_size: int | None = None,
+    model: ModelConfig | None = None,
+) -> Job:
     """The job to run, proved.
 
     Args:
         texts: overrides in Hydra's grammar.
         config_dirs: folders with further options of the groups.
         world_size: ranks that a launcher has started; None: launch.nproc_per_node will be.
+        model: replaces the composed one.
 
     Raises:
         UserError: see `draft`; besides, a rule that binds several keys.
     """
     config = _absolute(draft(texts, config_dirs))
+    config = config if model is None else replace(config, model=model)
     check_launch(config.launch)
     checked = validate(config, world_size or config.launch.nproc_per_node)
     assert isinstance(checked, JobConfig)

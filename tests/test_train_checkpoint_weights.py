@@ -120,6 +120,10 @@ def test_windows_of_what_ranks_saved(world, expert, ranks, tmp_path):
         size = len(tensor)
         for first, last in [(0, size), (size // 2, size), (size // 3, size // 3 + 1), (0, 0)]:
             assert torch.equal(reader.read_rows(name, first, last), tensor[first:last]), name
+        if tensor.ndim == 3:
+            for expert in range(size):
+                rows = reader.read_rows(name, 3, tensor.shape[1] - 2, expert=expert)
+                assert torch.equal(rows, tensor[expert, 3:-2]), name
 
 
 def test_a_missing_shard_is_named(ranks, tmp_path):

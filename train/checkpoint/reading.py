@@ -1,7 +1,7 @@
 """Windows of the tensors in a checkpoint, assembled from the files of all ranks that wrote it, without reading more."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -50,22 +50,36 @@ class CheckpointReader:
             raise UserError(f"{self.folder}: the parts of {name} do not make up a tensor {list(shape)}{REMEDY}")
         return shape
 
-    def read_rows(self, name: str, first: int, last: int) -> torch.Tensor:
-        """tensor[first:last] of the whole tensor along dim 0."""
+    def read_rows(self, name: str, first: int, last: int, *, expert: int | None = None) -> torch.Tensor:
+        """tensor[first:last] of the whole tensor along dim 0; given `expert`, tensor[expert, first:last] of a stack."""
         dtype, shape = self.tensors[name]
-        window = torch.empty((last - first, *shape[1:]), dtype=dtype)
+        rows = 0 if expert is None else 1
+        window = torch.empty((last - first, *shape[rows + 1 :]), dtype=dtype)
         for shard in self._shards[name]:
-            begin, *inner = shard.offset
-            low, high = max(first, begin), min(last, begin + shard.stored.shape[0])
+            begin, size = shard.offset[rows], shard.stored.shape[rows]
+            low, high = max(first, begin), min(last, begin + size)
             if low >= high:
                 continue
-            part = read_rows(shard.stored, low - begin, high - begin)
+            skipped = 0
+            if expert is not None:
+                inside = expert - shard.offset[0]
+                if not 0 <= inside < shard.stored.shape[0]:
+                    continue
+                # Seen as one matrix below the other, an expert's rows lie together.
+                skipped = inside * size
+            part = read_rows(_flat(shard.stored, rows), skipped + low - begin, skipped + high - begin)
             if part.shape == window.shape:
                 return part
-            columns = tuple(slice(o, o + s) for o, s in zip(inner, part.shape[1:], strict=True))
+            inner = zip(shard.offset[rows + 1 :], part.shape[1:], strict=True)
+            columns = tuple(slice(o, o + s) for o, s in inner)
             # Copied as bytes: not every dtype here has every op.
             _as_bytes(window)[(slice(low - first, high - first), *columns)] = _as_bytes(part)
         return window
+
+
+def _flat(stored: StoredTensor, leading: int) -> StoredTensor:
+    """The same numbers with the first `leading` + 1 dims as one."""
+    return replace(stored, shape=(prod(stored.shape[: leading + 1]), *stored.shape[leading + 1 :]))
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

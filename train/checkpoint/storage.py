@@ -88,13 +88,14 @@ def _read_quantised(folder: Path, tensors: dict[str, torch.Tensor], block: int) 
             continue
         *leading, first_row, first_column = offset
         places = {"block": block, "rows": tensor.shape[-2], "first_row": first_row, "first_column": first_column}
-        window = tuple(slice(o, o + s) for o, s in zip(offset[-2:], shape[-2:], strict=True))
+        columns = slice(first_column, first_column + shape[-1])
         if not leading:
-            data = reader.read_rows(name, first_row, first_row + shape[0])[:, window[1]]
+            data = reader.read_rows(name, first_row, first_row + shape[0])[:, columns]
             scale = reader.read_rows(name + SCALE_SUFFIX, 0, reader.tensors[name + SCALE_SUFFIX][1][0])
             local.copy_(dequantize_window(name, data, scale, **places))
             continue
         for expert in range(shape[0]):
             row = leading[0] + expert
-            data, scale = (reader.read_rows(n, row, row + 1)[0] for n in (name, name + SCALE_SUFFIX))
-            local[expert].copy_(dequantize_window(name, data[window], scale, **places))
+            data = reader.read_rows(name, first_row, first_row + shape[-2], expert=row)[:, columns]
+            scale = reader.read_rows(name + SCALE_SUFFIX, 0, reader.tensors[name + SCALE_SUFFIX][1][1], expert=row)
+            local[expert].copy_(dequantize_window(name, data, scale, **places))
