@@ -1,6 +1,7 @@
 """Runs and Hugging Face checkpoints for the tests of import and export, and the logits of each."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,15 +43,16 @@ def trained_run(root: Path, model: ModelConfig, precision: str = "fp32", **data:
     return root / "run"
 
 
-def our_logits(run_dir: Path) -> torch.Tensor:
-    """Of the newest checkpoint, in FP32."""
+def our_logits(run_dir: Path, ahead: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
+    """Of the newest checkpoint, in FP32; given the tokens ahead, those of multi-token prediction behind."""
     config = replace(read_config(run_dir), precision=PrecisionConfig("fp32"))
     with joined(CpuBackend(), BackendConfig(threads=1), RankInfo()), torch.no_grad():
         model = build_model(config, torch.device("cpu"), 257).model
         checkpointer = Checkpointer(run_dir, config.checkpoint, torch.device("cpu"))
         checkpointer.load(find(run_dir), model_tensors(model), whole=False)
-        logits: torch.Tensor = model.eval()(TOKENS_BS, positions_of(TOKENS_BS))
-        return logits
+        positions_BS = positions_of(TOKENS_BS)
+        model.eval()
+        return model(TOKENS_BS, positions_BS, ahead=ahead) if ahead else [model(TOKENS_BS, positions_BS)]
 
 
 def their_model(folder: Path) -> tuple[Any, dict[str, Any]]:

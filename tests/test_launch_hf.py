@@ -18,7 +18,7 @@ from hf_runs import (
     their_model,
     trained_run,
 )
-from peers import library, mtp_peer_of, peer_of
+from peers import library, peer_of
 
 from octofold.kernels.reference.block_cast import dequantize_blocks
 from octofold.launch.cli import main
@@ -60,7 +60,7 @@ def test_transformers_computes_what_we_do(name, tmp_path, capsys):
     assert not report["missing_keys"]
     assert not report["mismatched_keys"]
     assert all(key.startswith("model.layers.2.") for key in report["unexpected_keys"]), "MTP alone"
-    torch.testing.assert_close(their_logits(model), our_logits(run_dir), rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(their_logits(model), our_logits(run_dir)[0], rtol=0, atol=TOLERANCE)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     tensors = all_tensors(folder)
     assert index["weight_map"].keys() == tensors.keys()
@@ -80,32 +80,35 @@ def test_we_compute_what_transformers_saved(kind, tied, tmp_path, capsys):
     run_dir = call(capsys, "import", str(tmp_path / "hf"), f"run_dir={tmp_path / 'run'}", "model.name=mine")
     config = read_config(run_dir)
     assert (config.model.name, config.model.num_nextn_predict_layers) == ("mine", 0)
-    torch.testing.assert_close(our_logits(run_dir), their_logits(peer), rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(our_logits(run_dir)[0], their_logits(peer), rtol=0, atol=TOLERANCE)
 
 
-def test_multi_token_prediction_reaches_transformers(tmp_path, capsys):
-    """Under MtpModel's names: its loader knows the 61 layers of the released model, so we rename as it does."""
-    model = preset("deepseek_v3_tiny")
+def test_multi_token_prediction_loads_in_transformers(tmp_path, capsys):
+    """With 61 layers, since the library looks for multi-token prediction in model.layers.61 only."""
+    from transformers.modeling_layers import MtpModel
+
+    tiny = {"hidden_size": 32, "n_routed_experts": 8, "moe_intermediate_size": 8, "intermediate_size": 16}
+    model = preset("deepseek_v3_tiny", num_hidden_layers=61, first_k_dense_replace=60, **tiny)
     run_dir = trained_run(tmp_path, model)
     folder = call(capsys, "export", str(run_dir), "export.precision=fp32")
-    peer, _ = their_model(folder)
-    mtp = mtp_peer_of(peer, model, seed=0).eval()
-    tensors = {k.removeprefix("model.layers.2."): v for k, v in all_tensors(folder).items() if "layers.2." in k}
-    assert torch.equal(tensors.pop("embed_tokens.weight"), peer.model.embed_tokens.weight)
-    assert torch.equal(tensors.pop("shared_head.head.weight"), peer.lm_head.weight)
-    state = {k: v for k, v in tensors.items() if k.startswith(("enorm", "hnorm", "eh_proj"))}
-    state["post_norm.weight"] = tensors["shared_head.norm.weight"]
-    block = {k: v for k, v in tensors.items() if k.startswith(("self_attn", "mlp", "input", "post_attention"))}
-    for part in ("gate", "up", "down"):
-        names = [f"mlp.experts.{e}.{part}_proj.weight" for e in range(model.n_routed_experts)]
-        block[f"mlp.experts.{part}"] = torch.stack([block.pop(name) for name in names])
-    gate_up = torch.cat([block.pop("mlp.experts.gate"), block.pop("mlp.experts.up")], dim=1)
-    block |= {"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": block.pop("mlp.experts.down")}
-    mtp.layers[0].load_state_dict({**state, **{f"mtp_block.{k}": v for k, v in block.items()}})
-    # Then both compute the same, by tests/test_train_models_parity.py. Without it:
-    bare = call(capsys, "export", str(run_dir), "export.mtp=false", f"export.to={tmp_path / 'bare'}")
-    assert config_of(bare)["num_nextn_predict_layers"] == 0
-    assert not any("layers.2." in name for name in all_tensors(bare))
+    peer, report = their_model(folder)
+    assert not report["unexpected_keys"]
+    mtp = MtpModel.from_pretrained(peer).eval()
+    next_BS = TOKENS_BS.roll(-1, dims=1)
+    positions_BS = torch.arange(TOKENS_BS.shape[1]).expand_as(TOKENS_BS)
+    with torch.no_grad():
+        hidden_BSD = peer.model(TOKENS_BS, use_cache=False).last_hidden_state
+        theirs = peer.lm_head(mtp.forward_layer(0, hidden_BSD, positions_BS, None, input_ids=next_BS))
+    torch.testing.assert_close(our_logits(run_dir, [next_BS])[1], theirs, rtol=0, atol=TOLERANCE)
+
+
+def test_export_without_multi_token_prediction(tmp_path, capsys):
+    run_dir = trained_run(tmp_path, preset("deepseek_v3_tiny"))
+    folder = call(capsys, "export", str(run_dir), "export.mtp=false", f"export.to={tmp_path / 'bare'}")
+    assert config_of(folder)["num_nextn_predict_layers"] == 0
+    assert not any("layers.2." in name for name in all_tensors(folder))
+    _, report = their_model(folder)
+    assert not report["unexpected_keys"]
 
 
 @pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
@@ -136,7 +139,7 @@ def test_fp8_loads_in_transformers(kind, scale_fmt, tmp_path, capsys):
         # The library multiplies in BF16's company; we in FP32.
         torch.testing.assert_close(seen, ours, rtol=0, atol=1e-6, msg=name)
     imported = call(capsys, "import", str(folder), f"run_dir={tmp_path / 'again'}", "data.tokenizer=bytes")
-    torch.testing.assert_close(our_logits(imported), their_logits(model), rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(our_logits(imported)[0], their_logits(model), rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -180,14 +183,14 @@ def test_an_imported_run_trains_and_samples(tmp_path, capsys):
     overrides += ["precision=fp32", "train.final_eval_sequences=4", "train.sample_tokens=4"]
     overrides += ["optim.lr=0", "model.balance.bias_update_rate=0"]
     imported = call(capsys, "import", str(folder), f"run_dir={tmp_path / 'imported'}", *overrides)
-    before = our_logits(imported)
+    (before,) = our_logits(imported)
     assert main(["sample", str(imported), "the ", "sample.tokens=5"]) == 0
     assert main(["train", f"resume={imported}", "train.steps=3", "train.log_every=1"]) == 0
     records = [json.loads(line) for line in (imported / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if record["kind"] == "train"] == [1, 2, 3]
     assert (imported / "checkpoints" / "step_3").is_dir()
     # Without a learning rate the weights stay what they were.
-    assert torch.equal(our_logits(imported), before)
+    assert torch.equal(our_logits(imported)[0], before)
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])

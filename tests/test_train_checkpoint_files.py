@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from octofold.backends.errors import UserError
 from octofold.train.checkpoint.safetensors_files import (
     DTYPES,
+    SLAB_BYTES,
     OutputTensor,
     read_header,
     read_rows,
@@ -116,4 +117,4 @@ def test_slabs(rows, row_bytes, multiple):
     assert sum(last - first for first, last in windows) == rows
     assert [first for first, _ in windows[1:]] == [last for _, last in windows[:-1]]
     assert all(last % multiple == 0 for _, last in windows[:-1])
-    assert all((last - first) * row_bytes <= max(64 * 2**20, multiple * row_bytes) for first, last in windows)
+    assert all((last - first) * row_bytes <= max(SLAB_BYTES, multiple * row_bytes) for first, last in windows)

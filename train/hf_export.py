@@ -184,7 +184,7 @@ class _Writer:
         # The scales come to light with the data, which is written first.
         found: list[torch.Tensor] = []
         yield OutputTensor(tensor.name, torch.float8_e4m3fn, tensor.shape, partial(self._quantise, tensor, found))
-        yield OutputTensor(name, torch.float32, scale_dims, lambda: found)
+        yield OutputTensor(name, torch.float32, scale_dims, partial(_drained, found))
 
     def _cast(self, tensor: HfTensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         for first, last in self._windows(tensor):
@@ -238,6 +238,12 @@ class _Writer:
         if not finite(scales):
             self.not_finite.add(name)
         return scales
+
+
+def _drained(found: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """What has been found, which is then let go."""
+    while found:
+        yield found.pop(0)
 
 
 def _write_texts(

@@ -32,11 +32,14 @@ def refuse(where: Path, faults: Iterable[str], *, rule: str, remedy: str) -> Non
 
 def finite(slab: torch.Tensor) -> bool:
     """Whether every number is one."""
+    if slab.numel() == 0:
+        return True
     if slab.dtype == torch.float8_e4m3fn:
-        return not ((slab.view(torch.uint8) & 0x7F) == 0x7F).any()
+        return int((slab.view(torch.uint8) & 0x7F).amax()) < 0x7F
     if slab.dtype == torch.float8_e8m0fnu:
-        return not (slab.view(torch.uint8) == 0xFF).any()
-    return bool(torch.isfinite(slab).all())
+        return int(slab.view(torch.uint8).amax()) < 0xFF
+    # A sum is several times faster than a look at each, and passes on what is not finite; it may also overflow.
+    return bool(torch.isfinite(slab.sum(dtype=torch.float32))) or bool(torch.isfinite(slab).all())
 
 
 def write_shards(folder: Path, tensors: Sequence[OutputTensor], *, shard_bytes: int) -> dict[str, str]:

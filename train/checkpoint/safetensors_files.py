@@ -34,7 +34,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA = "__metadata__"
 LONGEST_HEADER_BYTES = 100_000_000
 """The library's own limit."""
-SLAB_BYTES = 64 * 2**20
+SLAB_BYTES = 8 * 2**20
 """How much of a tensor a conversion holds at once."""
 
 
