@@ -93,6 +93,8 @@ def _numbers(records: Records) -> dict[str, str]:
         rows["throughput"] = f"{np.median(finite):,.0f} tokens/s (median)"
     if "imbalance" in last:
         rows["busiest expert"] = f"{_number(last['imbalance'], '.2f')} × mean load"
+    if entropies := last.get("balance", {}).get("load_entropy"):
+        rows["entropy of expert load"] = f"{_number(min(entropies.values()), '.3f')} of 1 in the least even layer"
     if "unused_experts" in last:
         rows["unused experts"] = str(last["unused_experts"])
     return rows

@@ -5,7 +5,7 @@ Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 BLUE, GREEN, RED, GREY = "#0072B2", "#009E73", "#D55E00", "#6b6b6b"
 BASELINE_COLOURS = {"unigram": "#56B4E9", "bigram": "#CC79A7", "trigram": GREEN}
+BALANCE_LOSSES = {"sequence": BLUE, "expert": GREEN, "device": RED, "communication": "#CC79A7", "z": "#E69F00"}
 DOTS_PER_INCH = 110
 MAX_ANNOTATED_CELLS = 400
 MAX_NAMED_LAYERS = 8
@@ -37,9 +38,9 @@ def draw_all(records: Records, run_name: str, report_dir: Path) -> list[Path]:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     paths = []
-    overview = Figure(figsize=(15, 13), dpi=DOTS_PER_INCH, layout=ConstrainedLayoutEngine(h_pad=0.15, w_pad=0.15))
+    overview = Figure(figsize=(22, 13), dpi=DOTS_PER_INCH, layout=ConstrainedLayoutEngine(h_pad=0.15, w_pad=0.15))
     overview.suptitle(run_name, fontsize=16, fontweight="bold", x=0.01, ha="left", parse_math=False)
-    for axes, (name, draw) in zip(overview.subplots(3, 2).flat, PLOTS.items(), strict=True):
+    for axes, (name, draw) in zip(overview.subplots(3, 3).flat, PLOTS.items(), strict=True):
         draw(axes, records)
         figure = Figure(figsize=(8, 4.6), dpi=DOTS_PER_INCH, layout="constrained")
         draw(figure.subplots(), records)
@@ -51,7 +52,7 @@ def draw_all(records: Records, run_name: str, report_dir: Path) -> list[Path]:
 
 
 def draw_loss(axes: "Axes", records: Records) -> None:
-    """Training and validation loss, with the n-gram baselines as lines where the run has ended.
+    """Training and validation loss, those of multi-token prediction, the n-gram baselines where the run has ended.
 
     The axis is in nats a byte once a validation says how many bytes a token has; before that, in nats a token.
     """
@@ -66,6 +67,10 @@ def draw_loss(axes: "Axes", records: Records) -> None:
         label = "training" if is_byte_level else f"training (÷ {bytes_per_token:.2f} bytes/token)"
     _style(axes, "Loss", f"loss ({unit})")
     _draw_series(axes, steps, losses, label)
+    for depth in range(len(train[-1].get("mtp_losses", []))):
+        further = column([dict(enumerate(record.get("mtp_losses", []))) for record in train], depth)
+        further = smooth(further / (bytes_per_token or 1))
+        axes.plot(steps, further, color=BLUE, linestyle=":", linewidth=1.6, label=f"MTP depth {depth + 1}")
     if bytes_per_token is not None:
         final = last_of_kind(records, "final") or {}
         points = {record["step"]: record["loss_per_byte"] for record in validations}
@@ -154,29 +159,63 @@ def draw_expert_load(axes: "Axes", records: Records) -> None:
 
 def draw_imbalance(axes: "Axes", records: Records) -> None:
     """Busiest expert's load as a multiple of the mean, by layer, over the steps."""
+    _style(axes, "Expert imbalance", "busiest expert ÷ mean load")
+    _draw_layers(axes, records, "imbalance", even=1)
+
+
+def draw_entropy(axes: "Axes", records: Records) -> None:
+    """Entropy of the expert loads as a share of its largest value, by layer, over the steps."""
+    _style(axes, "Entropy of expert load", "entropy ÷ ln(experts)")
+    _draw_layers(axes, records, "load_entropy", even=1)
+
+
+def draw_unused(axes: "Axes", records: Records) -> None:
+    """Share of the experts that no token chose, by layer, over the steps."""
+    _style(axes, "Unused experts", "share of the layer's experts")
+    _draw_layers(axes, records, "unused_share", even=0)
+
+
+def draw_balance_losses(axes: "Axes", records: Records) -> None:
+    """Balance losses without their weights, on a logarithmic axis: those of loads are near 1 when even, z is not."""
+    train = of_kind(records, "train")
+    _style(axes, "Balance losses", "mean over sequences and layers")
+    present = [name for name in BALANCE_LOSSES if f"{name}_loss" in train[-1]]
+    if not present:
+        _say(axes, "no balance losses")
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    steps = column(train, "step")
+    for name in present:
+        values = smooth(column(train, f"{name}_loss"))
+        axes.plot(steps, values, color=BALANCE_LOSSES[name], linewidth=1.6, marker=_marker(steps), label=name)
+    axes.legend(frameon=False)
+
+
+def _draw_layers(axes: "Axes", records: Records, name: str, even: float) -> None:
+    """One field of `balance`, a line a layer, beside its value where all experts are used alike."""
     from matplotlib import colormaps
 
     train = of_kind(records, "train")
-    loads = [expert_loads(record) for record in train]
-    layers = list(loads[-1])
-    _style(axes, "Expert imbalance", "busiest expert ÷ mean load")
+    of_layers = [record.get("balance", {}).get(name, {}) for record in train]
+    layers = list(of_layers[-1])
     if not layers:
         _say(axes, "no expert layers")
         return
     steps = column(train, "step")
     colours = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
     for index, (layer, colour) in enumerate(zip(layers, colours, strict=True)):
-        maxima = np.array([max(load[layer], default=np.nan) if layer in load else np.nan for load in loads])
         is_named = len(layers) <= MAX_NAMED_LAYERS or index in (0, len(layers) - 1)
         axes.plot(
             steps,
-            smooth(maxima),
+            smooth(column(of_layers, layer)),
             color=colour,
             linewidth=1.6,
             marker=_marker(steps),
             label=f"layer {layer}" if is_named else None,
         )
-    axes.axhline(1, color=GREY, linestyle="--", linewidth=1.3, label="balanced")
+    axes.axhline(even, color=GREY, linestyle="--", linewidth=1.3, label="balanced")
     axes.legend(frameon=False, ncols=2)
 
 
@@ -187,6 +226,9 @@ PLOTS: dict[str, Callable[["Axes", Records], None]] = {
     "throughput": draw_throughput,
     "expert_load": draw_expert_load,
     "expert_imbalance": draw_imbalance,
+    "expert_entropy": draw_entropy,
+    "unused_experts": draw_unused,
+    "balance_losses": draw_balance_losses,
 }
 
 
@@ -200,7 +242,7 @@ def last_of_kind(records: Records, kind: str) -> dict[str, Any] | None:
     return next((record for record in reversed(records) if record["kind"] == kind), None)
 
 
-def column(records: Records, key: str) -> np.ndarray:
+def column(records: Sequence[Mapping[Any, Any]], key: str | int) -> np.ndarray:
     """One field of many records as float64; NaN where it is missing or null."""
     values = [record.get(key) for record in records]
     return np.array([math.nan if value is None else value for value in values], dtype=float)

@@ -3,16 +3,19 @@
 import base64
 import json
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from octofold.backends.errors import UserError
 from octofold.launch.report import report
 from octofold.launch.report_plots import PLOTS, smooth
-from octofold.train.metrics import MetricsWriter
+from octofold.parallel.balance import load_metrics
+from octofold.train.metrics import MetricsWriter, read_metrics
 
 BAD_NAME = "a <b>&$x^"
 
@@ -26,9 +29,12 @@ def make_run(
     bytes_per_token: float = 1.0,
     validate: bool = True,
     final: bool = True,
-    **broken: float,
+    depths: int = 0,
+    losses: tuple[str, ...] = (),
+    **broken: object,
 ) -> Path:
-    """A run folder like a trainer's, a record every 10 steps; `broken` overrides fields of the last train record."""
+    """A run folder like a trainer's, a record every 10 steps, with `depths` of multi-token prediction and balance
+    `losses`; `broken` overrides fields of the last train record."""
     rng = np.random.default_rng(0)
     options = {"wandb": False, "tensorboard": False, "resumed_step": None}
     writer = MetricsWriter(run_dir, run_name="test", config={}, **options)
@@ -50,10 +56,18 @@ def make_run(
         if layers:
             record["imbalance"] = float(shares_LE.max() * n_experts)
             record["expert_load"] = {str(layer + 1): shares.tolist() for layer, shares in enumerate(shares_LE)}
+            metrics = load_metrics(torch.from_numpy(shares_LE))
+            record["balance"] = {
+                name: {str(layer + 1): value for layer, value in enumerate(of_layers.tolist())}
+                for name, of_layers in metrics.items()
+            }
+        if depths:
+            record["mtp_losses"] = [loss * bytes_per_token + depth for depth in range(1, depths + 1)]
+        record |= {f"{name}_loss": 1 + 1 / step for name in losses}
         writer.log(record | (broken if step == steps else {}))
         if validate and step % 50 == 0:
-            losses = {"loss": loss * bytes_per_token, "loss_per_byte": loss}
-            writer.log({"kind": "validation", "step": step, "tokens": 32768, **losses})
+            units = {"loss": loss * bytes_per_token, "loss_per_byte": loss}
+            writer.log({"kind": "validation", "step": step, "tokens": 32768, **units})
     if final:
         writer.log(
             {
@@ -130,20 +144,24 @@ def test_a_finished_run_gets_every_plot_and_a_page(tmp_path):
     assert "data.path<x>&" in page.text
     assert "q_lora_rank" not in page.text
     assert "1.7000 nats/token, 1.7000 nats/byte (step 200)" in page.text
+    assert re.search(r"entropy of expert load0\.9\d\d of 1 in the least even layer", page.text)
 
 
-def loss_axes(run_dir: Path):
+def axes_of(plot: str, run_dir: Path):
     from matplotlib.figure import Figure
 
-    from octofold.train.metrics import read_metrics
-
     axes = Figure().subplots()
-    PLOTS["loss"](axes, read_metrics(run_dir))
+    PLOTS[plot](axes, read_metrics(run_dir))
     return axes
 
 
+def lines_of(plot: str, run_dir: Path) -> dict[str, list[float]]:
+    """What a plot draws, by the names in its legend."""
+    return {line.get_label(): list(line.get_ydata()) for line in axes_of(plot, run_dir).lines}
+
+
 def test_losses_and_baselines_share_nats_a_byte(tmp_path):
-    axes = loss_axes(make_run(tmp_path, bytes_per_token=3.4))
+    axes = axes_of("loss", make_run(tmp_path, bytes_per_token=3.4))
     lines = {line.get_label(): line for line in axes.lines}
     assert axes.get_ylabel() == "loss (nats/byte)"
     assert lines["training (÷ 3.40 bytes/token)"].get_ydata()[-1] == pytest.approx(1.5 + 4 * math.exp(-200 / 60))
@@ -153,9 +171,38 @@ def test_losses_and_baselines_share_nats_a_byte(tmp_path):
 
 
 def test_without_a_validation_the_loss_stays_in_nats_a_token(tmp_path):
-    axes = loss_axes(make_run(tmp_path, validate=False, final=False))
+    axes = axes_of("loss", make_run(tmp_path, validate=False, final=False))
     assert axes.get_ylabel() == "loss (nats/token)"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training"]
+
+
+def test_losses_of_further_tokens_share_the_unit_of_the_loss(tmp_path):
+    lines = lines_of("loss", make_run(tmp_path, bytes_per_token=2.0, depths=2))
+    loss = lines["training (÷ 2.00 bytes/token)"][-1]
+    assert lines["MTP depth 1"][-1] == pytest.approx(loss + 0.5)
+    assert lines["MTP depth 2"][-1] == pytest.approx(loss + 1)
+
+
+def test_layers_are_drawn_as_they_were_recorded(tmp_path):
+    run_dir = make_run(tmp_path)
+    last = read_metrics(run_dir)[-3]["balance"]
+    for plot, name in [
+        ("expert_imbalance", "imbalance"),
+        ("expert_entropy", "load_entropy"),
+        ("unused_experts", "unused_share"),
+    ]:
+        lines = lines_of(plot, run_dir)
+        assert lines.keys() == {"layer 1", "layer 2", "layer 3", "balanced"}
+        assert {f"layer {layer}": value for layer, value in last[name].items()} == pytest.approx(
+            {label: values[-1] for label, values in lines.items() if label != "balanced"}
+        )
+
+
+def test_balance_losses_are_drawn_where_there_are_some(tmp_path):
+    lines = lines_of("balance_losses", make_run(tmp_path / "v3", losses=("sequence", "z")))
+    assert {name: values[-1] for name, values in lines.items()} == pytest.approx({"sequence": 1.005, "z": 1.005})
+    none = axes_of("balance_losses", make_run(tmp_path / "none"))
+    assert [text.get_text() for text in none.texts] == ["no balance losses"]
 
 
 @pytest.mark.filterwarnings("error")
@@ -169,8 +216,20 @@ def test_without_a_validation_the_loss_stays_in_nats_a_token(tmp_path):
         {"layers": 0, "final": False},
         {"steps": 30, "layers": 40, "n_experts": 64},
         {"steps": 30, "layers": 2, "n_experts": 1},
+        {"depths": 2, "losses": ("sequence", "expert", "device", "communication", "z"), "validate": False},
+        {"depths": 1, "losses": ("z",), "z_loss": math.nan, "mtp_losses": [math.nan], "steps": 10},
     ],
-    ids=["unfinished", "one record", "one broken record", "NaN at the end", "dense", "wide", "one expert"],
+    ids=[
+        "unfinished",
+        "one record",
+        "one broken record",
+        "NaN at the end",
+        "dense",
+        "wide",
+        "one expert",
+        "every loss",
+        "every loss broken",
+    ],
 )
 def test_any_state_of_a_run_can_be_drawn(tmp_path, options):
     *_, page = report(make_run(tmp_path, **options))

@@ -23,7 +23,9 @@ def open_writer(run_dir: Path, resumed_step: int | None = None, **sinks: bool) -
 
 def train_record(step: int, **fields: object) -> dict:
     load = {"1": [0.25, 0.75], "2": [0.5, 0.5]}
-    return {"kind": "train", "step": step, "loss": 5.0 / step, "lr": 1e-3, "expert_load": load, **fields}
+    balance = {"imbalance": {"1": 1.5, "2": 1.0}, "load_entropy": {"1": 0.81, "2": 1.0}}
+    record = {"kind": "train", "step": step, "loss": 5.0 / step, "mtp_losses": [6.0, 7.0], "z_loss": 2.5}
+    return {**record, "lr": 1e-3, "balance": balance, "expert_load": load, **fields}
 
 
 FINAL = {
@@ -180,6 +182,10 @@ def test_tensorboard_files_hold_the_curves_and_a_resume_does_not_double_back(tmp
     assert losses[1].value == pytest.approx(2.5)
     assert math.isnan(losses[3].value)
     assert events.Scalars("imbalance/layer_1")[0].value == pytest.approx(1.5)
+    assert events.Scalars("load_entropy/layer_2")[0].value == 1.0
+    assert events.Scalars("train/mtp_loss_2")[0].value == 7.0
+    assert events.Scalars("train/z_loss")[0].value == 2.5
+    assert not [name for name in events.Tags()["scalars"] if name.startswith(("train/balance", "train/expert_load"))]
     assert events.Scalars("final/baselines/trigram")[0].value == pytest.approx(1.85)
     assert "final/sample/text_summary" in events.Tags()["tensors"]
 
@@ -190,7 +196,8 @@ from pathlib import Path
 from octofold.train.metrics import MetricsWriter
 writer = MetricsWriter(Path(sys.argv[1]), run_name="test", config={"train": {"steps": 3}}, wandb=True,
                        tensorboard=False, resumed_step=None)
-writer.log({"kind": "train", "step": 1, "loss": 1.5, "expert_load": {"1": [0.5, 0.5]}})
+writer.log({"kind": "train", "step": 1, "loss": 1.5, "mtp_losses": [2.5], "balance": {"load_entropy": {"1": 1.0}},
+            "expert_load": {"1": [0.5, 0.5]}})
 writer.log({"kind": "final", "step": 1, "sample": "def f"})
 writer.close()
 """
@@ -204,7 +211,8 @@ def test_wandb_is_offline_where_nobody_is_logged_in(tmp_path):
     done = subprocess.run(command, env=env, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr.decode()
     (offline,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
-    assert b"train/loss" in next(offline.glob("*.wandb")).read_bytes()
+    written = next(offline.glob("*.wandb")).read_bytes()
+    assert all(name in written for name in (b"train/loss", b"train/mtp_loss_1", b"load_entropy/layer_1"))
     assert len(read_metrics(tmp_path / "run")) == 2
 
 
