@@ -189,6 +189,8 @@ def test_an_imported_run_trains_and_samples(tmp_path, capsys):
     records = [json.loads(line) for line in (imported / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if record["kind"] == "train"] == [1, 2, 3]
     assert (imported / "checkpoints" / "step_3").is_dir()
+    again = call(capsys, "export", str(imported))
+    assert "The run began from the weights of step_2-fp8." in (again / "README.md").read_text()
     # Without a learning rate the weights stay what they were.
     assert torch.equal(our_logits(imported)[0], before)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from octofold.backends.base import Backend, Capabilities
+from octofold.backends.base import Backend
 from octofold.backends.errors import ConfigError
 from octofold.backends.process_group import RankInfo
 from octofold.kernels.registry import Choice, Workload, choose
@@ -14,7 +14,7 @@ from octofold.parallel.mesh import Meshes, build_meshes
 from octofold.train.config import OptimConfig, RunConfig
 from octofold.train.data.build import Data
 from octofold.train.engines.native import NativeEngine
-from octofold.train.memory import MemoryNeed, ParameterCount, count_parameters, gib, memory_need
+from octofold.train.memory import MemoryNeed, ParameterCount, count_parameters, gib, memory_need, require_memory
 from octofold.train.models.config import ModelConfig
 from octofold.train.models.decoder import Decoder
 from octofold.train.models.init import initialise
@@ -92,9 +92,26 @@ def build_model(config: RunConfig, device: torch.device, tokenizer_size: int) ->
     return drafted
 
 
-def rank_memory_bytes(capabilities: Capabilities, device: torch.device, info: RankInfo) -> int:
+def draft_fitting(
+    config: RunConfig, backend: Backend, info: RankInfo, tokenizer_size: int, *, training: bool = True
+) -> BuiltModel:
+    """`draft_model`, refused where it does not fit a rank's memory. Collective: all ranks decide alike.
+
+    Raises:
+        ConfigError: see `require_memory`.
+    """
+    device = backend.device(info.local_rank)
+    built = draft_model(config, device, tokenizer_size, training=training)
+    room_bytes = rank_memory_bytes(backend, info)
+    name, ranks = config.model.name, info.world_size
+    require_memory(name, built.count, built.need, memory_bytes=room_bytes, ranks=ranks, device=device)
+    return built
+
+
+def rank_memory_bytes(backend: Backend, info: RankInfo) -> int:
     """What a rank may use of its device; the ranks of a machine share its host memory."""
-    return capabilities.memory_bytes // (info.local_world_size if device.type == "cpu" else 1)
+    shared = info.local_world_size if backend.device(info.local_rank).type == "cpu" else 1
+    return backend.capabilities(info.local_rank).memory_bytes // shared
 
 
 def build_engine(model: Decoder, optim: OptimConfig, total_updates: int) -> NativeEngine:
@@ -111,13 +128,13 @@ def startup_sections(
     config: RunConfig,
     built: BuiltModel,
     backend: Backend,
-    capabilities: Capabilities,
     info: RankInfo,
     data: Data,
     run_dir: Path,
 ) -> dict[str, dict[str, object]]:
     """What was decided, for the start-up table."""
     shape, degrees, train = built.model.config, config.parallel, config.train
+    capabilities = backend.capabilities(info.local_rank)
     accumulation = train.global_batch_size // (train.micro_batch_size * degrees.data)
     tokens = train.global_batch_size * config.data.sequence_length
     bf16 = "native" if capabilities.bf16 else "emulated by the library: slow"
@@ -145,7 +162,7 @@ def startup_sections(
         "device": {
             "backend": backend.name,
             "device": capabilities.device_name,
-            "memory of a rank": gib(rank_memory_bytes(capabilities, backend.device(info.local_rank), info)),
+            "memory of a rank": gib(rank_memory_bytes(backend, info)),
             "weights, gradients, moments": gib(built.need.state_bytes),
             "gathered layers": f"{gib(built.need.gathered_bytes)} (activations not counted)",
         },

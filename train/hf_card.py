@@ -39,21 +39,6 @@ def model_card(facts: Facts) -> str:
         f"tags: [octofold, mixture-of-experts, {family}]",
         "---",
     ]
-    groups = f", {model.topk_group} of {model.n_group} groups" if model.n_group > 1 else ""
-    experts = f"{model.n_routed_experts} routed, {model.num_experts_per_tok} a token{groups}"
-    rope = model.rope_scaling
-    stretch = f"YaRN x{rope.factor:g} from {rope.original_max_position_embeddings}" if rope.type == "yarn" else "plain"
-    rows = {
-        "parameters": f"{facts.parameters:,}",
-        "layers": f"{model.num_hidden_layers}, the first {model.first_k_dense_replace} dense",
-        "hidden size": model.hidden_size,
-        "attention": f"latent, {model.num_attention_heads} heads, rank {model.kv_lora_rank} "
-        f"(queries: {model.q_lora_rank or 'direct'}), rotary embedding {stretch}",
-        "experts": f"{experts}, {model.n_shared_experts} shared",
-        "gate": f"{model.scoring_func}, {model.topk_method}",
-        "multi-token prediction": f"{model.num_nextn_predict_layers} layer(s)",
-        "vocabulary": model.vocab_size,
-    }
     imported = f"The run began from the weights of {state['imported_from']}." if "imported_from" in state else ""
     training = {
         "tokens seen": f"{state['tokens_seen']:,}",
@@ -61,7 +46,7 @@ def model_card(facts: Facts) -> str:
         "data": facts.data.source + (f" ({facts.data.path.rpartition('/')[2]})" if facts.data.path else ""),
         "tokenizer": facts.data.tokenizer.rpartition("/")[2],
         "sequence length": facts.data.sequence_length,
-        "precision": f"{facts.trained_in}, FP32 master weights",
+        "precision": f"{facts.trained_in}, master weights in {'FP64' if facts.trained_in == 'fp64' else 'FP32'}",
     }
     return "\n".join(
         [
@@ -72,7 +57,7 @@ def model_card(facts: Facts) -> str:
             "",
             "## Architecture",
             "",
-            *_table(rows),
+            *_table({"parameters": f"{facts.parameters:,}", **_architecture(model)}),
             "",
             "## Training",
             "",
@@ -91,6 +76,23 @@ def model_card(facts: Facts) -> str:
             "",
         ]
     )
+
+
+def _architecture(model: ModelConfig) -> dict[str, Any]:
+    groups = f", {model.topk_group} of {model.n_group} groups" if model.n_group > 1 else ""
+    experts = f"{model.n_routed_experts} routed, {model.num_experts_per_tok} a token{groups}"
+    rope = model.rope_scaling
+    stretch = f"YaRN x{rope.factor:g} from {rope.original_max_position_embeddings}" if rope.type == "yarn" else "plain"
+    return {
+        "layers": f"{model.num_hidden_layers}, the first {model.first_k_dense_replace} dense",
+        "hidden size": model.hidden_size,
+        "attention": f"latent, {model.num_attention_heads} heads, rank {model.kv_lora_rank} "
+        f"(queries: {model.q_lora_rank or 'direct'}), rotary embedding {stretch}",
+        "experts": f"{experts}, {model.n_shared_experts} shared",
+        "gate": f"{model.scoring_func}, {model.topk_method}",
+        "multi-token prediction": f"{model.num_nextn_predict_layers} layer(s)",
+        "vocabulary": model.vocab_size,
+    }
 
 
 def _table(rows: dict[str, Any]) -> list[str]:

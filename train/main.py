@@ -8,20 +8,11 @@ import torch
 from octofold.backends.base import Backend
 from octofold.backends.process_group import RankInfo, joined
 from octofold.backends.registry import resolve
-from octofold.train.build import (
-    BuiltModel,
-    build_engine,
-    draft_model,
-    materialise,
-    model_config,
-    rank_memory_bytes,
-    startup_sections,
-)
+from octofold.train.build import build_engine, draft_fitting, materialise, model_config, startup_sections
 from octofold.train.checkpoint.manager import Checkpointer, find
 from octofold.train.config import RunConfig
 from octofold.train.console import Console
 from octofold.train.data.build import build_data
-from octofold.train.memory import require_memory
 from octofold.train.metrics import MetricsWriter
 from octofold.train.stop import StopSignals
 from octofold.train.trainer import Trainer
@@ -69,23 +60,8 @@ def build_trainer(config: RunConfig, run_dir: Path, backend: Backend, info: Rank
         UserError: see `train`.
     """
     device = backend.device(info.local_rank)
-    capabilities = backend.capabilities(info.local_rank)
-    memory_bytes = rank_memory_bytes(capabilities, device, info)
-
-    def drafted(tokenizer_size: int) -> BuiltModel:
-        built = draft_model(config, device, tokenizer_size)
-        require_memory(
-            config.model.name,
-            built.count,
-            built.need,
-            memory_bytes=memory_bytes,
-            ranks=info.world_size,
-            device=device,
-        )
-        return built
-
     # A model whose vocabulary is known is refused before data is prepared for it.
-    built = drafted(0) if config.model.vocab_size else None
+    built = draft_fitting(config, backend, info, 0) if config.model.vocab_size else None
     data = build_data(
         config.data,
         seed=config.train.seed,
@@ -94,9 +70,9 @@ def build_trainer(config: RunConfig, run_dir: Path, backend: Backend, info: Rank
         log=console.info,
     )
     model_config(config.model, data.tokenizer.vocab_size)
-    built = built or drafted(data.tokenizer.vocab_size)
+    built = built or draft_fitting(config, backend, info, data.tokenizer.vocab_size)
     materialise(built, device, seed=config.train.seed)
-    console.startup(config.name, startup_sections(config, built, backend, capabilities, info, data, run_dir))
+    console.startup(config.name, startup_sections(config, built, backend, info, data, run_dir))
     trainer = Trainer(
         config,
         model=built.model,

@@ -12,12 +12,11 @@ from octofold.backends.process_group import RankInfo, joined
 from octofold.backends.registry import resolve
 from octofold.parallel.config import ParallelConfig
 from octofold.parallel.config import resolve as resolve_degrees
-from octofold.train.build import draft_model, materialise, rank_memory_bytes
+from octofold.train.build import draft_fitting, materialise
 from octofold.train.checkpoint.manager import Checkpointer, find
 from octofold.train.config import RunConfig
 from octofold.train.data.tokenizer import Tokenizer, load_saved_tokenizer
 from octofold.train.engines.native import model_tensors
-from octofold.train.memory import require_memory
 from octofold.train.models.attention import LatentCache
 from octofold.train.models.decoder import Decoder
 
@@ -118,6 +117,8 @@ def _draw(logits_V: torch.Tensor, temperature: float, top_k: int, generator: tor
 
 def _agree(token: int, device: torch.device) -> int:
     """Rank 0's token: logits may round differently between ranks, and ranks that end apart would wait for ever."""
+    if dist.get_world_size() == 1:
+        return token
     agreed = torch.tensor([token], device=device)
     dist.broadcast(agreed, src=0)
     return int(agreed)
@@ -139,9 +140,7 @@ def sample(
     with joined(backend, config.backend, info):
         device = backend.device(0)
         alone = replace(config, parallel=resolve_degrees(ParallelConfig(), 1))
-        built = draft_model(alone, device, tokenizer.vocab_size, training=False)
-        memory_bytes = rank_memory_bytes(backend.capabilities(0), device, info)
-        require_memory(config.model.name, built.count, built.need, memory_bytes=memory_bytes, ranks=1, device=device)
+        built = draft_fitting(alone, backend, info, tokenizer.vocab_size, training=False)
         materialise(built, device, seed=config.train.seed)
         model = built.model
         Checkpointer(run_dir, config.checkpoint, device).load(checkpoint, model_tensors(model), whole=False)

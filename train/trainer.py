@@ -41,6 +41,8 @@ class Progress:
     """Attempted updates."""
     tokens_seen: int = 0
     """Labels that counted, over all ranks."""
+    imported_from: str | None = None
+    """The checkpoint whose weights the run began from."""
 
 
 @dataclass(frozen=True)
@@ -298,6 +300,7 @@ class Trainer:
             "updates": self.engine.updates,
             "loader": self.loader.state_dict(),
             "tokens_seen": self.progress.tokens_seen,
+            **({"imported_from": self.progress.imported_from} if self.progress.imported_from else {}),
         }
         self.last_checkpoint = self.checkpointer.save(self.progress.step, self.engine.tensors(), state)
         self.saved_step = self.progress.step
@@ -306,7 +309,7 @@ class Trainer:
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint."""
         state = self.checkpointer.load(folder, self.engine.tensors())
-        self.progress = Progress(step=state["step"], tokens_seen=state["tokens_seen"])
+        self.progress = Progress(state["step"], state["tokens_seen"], state.get("imported_from"))
         self.engine.restore(state["updates"])
         if not state.get("weights_only"):
             self.loader.load_state_dict(state["loader"])

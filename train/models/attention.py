@@ -131,15 +131,19 @@ class LatentAttention(nn.Module):
         k = W_UK latent and v = W_UV latent, so q·k = (W_UKᵀ q)·latent and Σ p v = W_UV (Σ p latent): every head reads
         the cached latents as they are (DeepSeek-V2, section 2.1.2).
         """
-        c = self.config
+        c, sequences = self.config, q_BSHn.shape[0]
         weight_Hwl = self.kv_b_proj.weight.unflatten(0, (c.num_attention_heads, -1))
         up_k_Hnl, up_v_Hvl = weight_Hwl.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
         q_BSHw = torch.cat([torch.einsum("bshn,hnl->bshl", q_BSHn, up_k_Hnl), q_BSHr], dim=-1)
-        scores_BHSC = self.scale * torch.einsum("bshw,bcw->bhsc", q_BSHw, kept_BCw)
+        # One key for all heads: positions and heads are rows of one product a sequence.
+        scores_BSHC = self.scale * (q_BSHw.flatten(1, 2) @ kept_BCw.mT).view(*q_BSHw.shape[:3], -1)
         new, kept = q_BSHn.shape[1], kept_BCw.shape[1]
-        visible_SC = torch.ones(new, kept, dtype=torch.bool, device=kept_BCw.device).tril(kept - new)
-        exact = torch.float64 if scores_BHSC.dtype == torch.float64 else torch.float32
-        weights_BHSC = scores_BHSC.masked_fill(~visible_SC, float("-inf")).softmax(-1, dtype=exact)
-        latent_BCl = kept_BCw[..., : c.kv_lora_rank]
-        seen_BSHl = torch.einsum("bhsc,bcl->bshl", weights_BHSC.to(latent_BCl.dtype), latent_BCl)
+        if new > 1:  # a single new token sees all
+            hidden_SC = torch.ones(new, kept, dtype=torch.bool, device=kept_BCw.device).triu(kept - new + 1)
+            scores_BSHC = scores_BSHC.masked_fill(hidden_SC[:, None], float("-inf"))
+        exact = torch.float64 if scores_BSHC.dtype == torch.float64 else torch.float32
+        weights_BSHC = scores_BSHC.softmax(-1, dtype=exact).to(kept_BCw.dtype)
+        seen_BSHl = (weights_BSHC.flatten(1, 2) @ kept_BCw[..., : c.kv_lora_rank]).view(
+            sequences, new, -1, c.kv_lora_rank
+        )
         return torch.einsum("bshl,hvl->bshv", seen_BSHl, up_v_Hvl)
