@@ -2,15 +2,26 @@
 
 import os
 import resource
+from pathlib import Path
 
 import torch
 
 from octofold.backends.base import Backend, Capabilities
 
+CGROUP_LIMITS = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+"""Version 2, version 1; "max", or a huge number, where there is none."""
+
 
 def usable_cores() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0))
+
+
+def usable_memory_bytes() -> int:
+    """The machine's memory, or what a container is allowed of it."""
+    texts = [path.read_text().strip() for path in CGROUP_LIMITS if path.exists()]
+    physical_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(physical_bytes, *(int(text) for text in texts if text.isdigit()))
 
 
 class CpuBackend(Backend):
@@ -31,9 +42,8 @@ class CpuBackend(Backend):
     def capabilities(self, local_rank: int) -> Capabilities:
         # oneDNN multiplies BF16 natively with AVX512_BF16 or AMX; without them it emulates, correctly but slowly.
         native_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
         kind = f"CPU ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s) a rank)"
-        return Capabilities(kind, bf16=native_bf16, fp8=False, memory_bytes=pages * page_bytes)
+        return Capabilities(kind, bf16=native_bf16, fp8=False, memory_bytes=usable_memory_bytes())
 
     def peak_memory_bytes(self) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

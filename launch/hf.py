@@ -36,30 +36,40 @@ def import_checkpoint(folder: str, overrides: list[str]) -> Path:
             rule = "the model is what the checkpoint's config.json says"
             raise ConfigError(key, text, rule, "leave it out; model.balance, model.mtp and model.name are free")
         (of_model if key.startswith("model.") else of_run).append(text)
-    from octofold.train.hf_import import depths_present, import_tokenizer, import_weights, open_source
+    from octofold.train.hf_import import SOURCE, depths_present, import_weights, keep_files, open_source
 
     source_dir = Path(folder).expanduser().absolute()
     source = open_source(source_dir)
     model = apply(JobConfig(model=source.model), parse(of_model)).model
-    told, depths = model.num_nextn_predict_layers, depths_present(source)
-    if told > depths:
+    told, depths = source.model.num_nextn_predict_layers, depths_present(source)
+    if model.num_nextn_predict_layers not in (0, told):
+        rule = f"config.json tells of {told} layer(s) of multi-token prediction, of which all or none are read"
+        raise ConfigError(
+            "model.num_nextn_predict_layers",
+            model.num_nextn_predict_layers,
+            rule,
+            "model.num_nextn_predict_layers=0, or leave it out",
+        )
+    if model.num_nextn_predict_layers > depths:
         print(
             f"octofold: config.json tells of {told} layer(s) of multi-token prediction, and the files hold none; "
             "the run has model.num_nextn_predict_layers=0",
             file=sys.stderr,
         )
         model = replace(model, num_nextn_predict_layers=0)
-    config = settle([f"name=import-{source_dir.name}", *of_run], model=model).config
+    config = settle(of_run, model=model).config
+    if not any(override.key_or_group == "name" for override in parse(of_run)):
+        config = replace(config, name=f"import-{source_dir.name}")
     fresh = config.run_dir is None or not Path(config.run_dir).expanduser().exists()
     run_dir = make_run_folder(config)
     try:
-        tokenizer = import_tokenizer(source_dir, run_dir)
+        tokenizer = keep_files(source_dir, run_dir)
         if tokenizer is not None:
             config = replace(config, data=replace(config.data, tokenizer=str(tokenizer)))
         import_weights(source, config.model, run_dir)
         write_config(run_dir, replace(config, run_dir=str(run_dir)))
     except BaseException:
-        for leftover in ("tokenizer", "checkpoints"):
+        for leftover in (SOURCE, "tokenizer", "checkpoints"):
             shutil.rmtree(run_dir / leftover, ignore_errors=True)
         if fresh:
             shutil.rmtree(run_dir, ignore_errors=True)

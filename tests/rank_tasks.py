@@ -144,6 +144,7 @@ def need(model: ModelConfig, expert: int = 1) -> MemoryNeed:
         model=model,
         parallel=resolve(ParallelConfig(expert=expert), dist.get_world_size()),
         precision=PrecisionConfig("fp64"),
+        train=TrainConfig(global_batch_size=4 * dist.get_world_size()),
     )
     return draft_model(config, torch.device("cpu"), 0).need
 

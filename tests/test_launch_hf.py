@@ -67,7 +67,7 @@ def test_transformers_computes_what_we_do(name, tmp_path, capsys):
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
     assert config_of(folder)["scoring_func"] == ("softmax" if "v2" in name else "sigmoid")
     card = (folder / "README.md").read_text()
-    assert card.startswith("---\nlicense: unknown\n")
+    assert card.startswith('---\nlicense: "unknown"\n')
     assert "| tokens seen | 1,024 |" in card
 
 
@@ -190,7 +190,7 @@ def test_an_imported_run_trains_and_samples(tmp_path, capsys):
     assert [record["step"] for record in records if record["kind"] == "train"] == [1, 2, 3]
     assert (imported / "checkpoints" / "step_3").is_dir()
     again = call(capsys, "export", str(imported))
-    assert "The run began from the weights of step_2-fp8." in (again / "README.md").read_text()
+    assert "The weights are those of step_2-fp8, trained further:" in (again / "README.md").read_text()
     # Without a learning rate the weights stay what they were.
     assert torch.equal(our_logits(imported)[0], before)
 

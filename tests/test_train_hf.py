@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from octofold.backends.errors import UserError
 from octofold.launch.hf import export_run, import_checkpoint
+from octofold.launch.run_folder import read_config
 from octofold.train.models.config import ModelConfig, RopeScalingConfig
 from octofold.train.models.hf_config import fp8_block, from_hf, to_hf
 from octofold.train.models.hf_names import hf_tensors
@@ -126,6 +127,13 @@ def test_an_index_that_disagrees_with_its_files(copy, tmp_path):
     path.write_text(json.dumps(index))
     message = refused(copy, tmp_path)
     assert "model.ghost: missing from model-" in message
+    index["weight_map"].pop("model.ghost")
+    path.write_text(json.dumps(index))
+    assert f"{NORM}: in model-" in refused(copy, tmp_path)
+    for name in ("../x.safetensors", 3):
+        index["weight_map"][NORM] = name
+        path.write_text(json.dumps(index))
+        assert f"{NORM} lies in {name!r}, which is no file's name" in refused(copy, tmp_path)
     path.write_text("{")
     assert "index.json cannot be read" in refused(copy, tmp_path)
 
@@ -135,12 +143,50 @@ def test_an_index_that_disagrees_with_its_files(copy, tmp_path):
     [
         ({"model_type": "llama"}, "model_type=llama"),
         ({"attention_bias": True}, "attention_bias=True (only False)"),
-        ({"hidden_act": "gelu", "moe_layer_freq": 2}, "hidden_act=gelu (only silu); moe_layer_freq=2 (only 1)"),
+        (
+            {"hidden_act": "gelu", "moe_layer_freq": 2},
+            "gelu (only silu); config.json: moe_layer_freq=2 (only 1)",
+        ),
         ({"index_topk": 2048}, "index_topk=2048 (sparse attention)"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope type linear (only default and yarn)"),
-        ({"rope_scaling": {"type": "yarn", "attention_factor": 2}}, "rope_scaling.attention_factor=2 (unknown)"),
-        ({"vocab_size": "absent", "hidden_size": None}, "vocab_size is missing; hidden_size is missing"),
-        ({"num_hidden_layers": "two"}, "num_hidden_layers=two (a number)"),
+        (
+            {"rope_scaling": {"type": "yarn", "attention_factor": 2}},
+            "attention_factor=2 (unknown for yarn)",
+        ),
+        (
+            {"vocab_size": "absent", "hidden_size": None},
+            "vocab_size is missing; config.json: hidden_size=None",
+        ),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers=two (a whole number)"),
+        (
+            {"hidden_size": 64.0, "n_group": True},
+            "hidden_size=64.0 (a whole number); config.json: n_group=True",
+        ),
+        ({"routed_scaling_factor": "absent"}, "routed_scaling_factor is missing"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings=yes (true or false)"),
+        ({"model_type": ["deepseek_v3"]}, "model_type=['deepseek_v3']"),
+        ({"scoring_func": "softmax"}, "scoring_func=softmax (deepseek_v3 has sigmoid)"),
+        ({"topk_method": 3}, "topk_method=3 (deepseek_v3 has noaux_tc)"),
+        (
+            {"model_type": "deepseek_v2", "scoring_func": "softmax", "topk_method": "greedy"},
+            "norm_topk_prob=True",
+        ),
+        ({"rope_scaling": [1]}, "rope_scaling=[1] (keys and values)"),
+        ({"rope_scaling": {"type": "yarn", "factor": "forty"}}, "factor=forty (a number)"),
+        ({"rope_scaling": {"type": "yarn", "factor": None}}, "rope_scaling.factor is missing"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 9, "mscale_all_dim": 1}},
+            "rope_scaling.mscale is missing",
+        ),
+        ({"rope_scaling": {"factor": 4}}, "rope_scaling.factor=4 (unknown for default)"),
+        ({"quantization_config": [1]}, "quantization_config=[1]"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": 128}}, "'weight_block_size': 128"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 0]}}, "'weight_block_size': [0, 0]"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16], "scale_fmt": "mx"}},
+            "'scale_fmt': 'mx'",
+        ),
+        ({"quantization_config": "absent"}, "weight: FP8, and config.json has no quantization_config"),
         ({"n_group": 5}, "model.n_routed_experts=16 model.n_group=5"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config={'quant_method': 'gptq'}"),
     ],
@@ -179,6 +225,9 @@ def test_multi_token_prediction_that_differs_or_is_absent(copy, tmp_path, capsys
     message = refused(copy, tmp_path)
     assert f"{copies[0]}: differs from model.embed_tokens.weight" in message
     assert f"{copies[1]}: differs from lm_head.weight" in message
+    with_less = import_checkpoint(str(copy), [f"run_dir={tmp_path / 'less'}", "model.num_nextn_predict_layers=0"])
+    assert not any(".mtp." in name for name in all_tensors(with_less / "checkpoints" / "step_0"))
+    assert "of which all or none are read" in refused(copy, tmp_path, "model.num_nextn_predict_layers=2")
     edit(copy, lambda tensors: [tensors.pop(name) for name in list(tensors) if ".layers.2." in name] and None)
     run_dir = import_checkpoint(str(copy), [f"run_dir={tmp_path / 'without'}"])
     assert "the files hold none" in capsys.readouterr().err
@@ -197,7 +246,15 @@ def test_an_existing_run_or_folder_is_left_alone(run_dir, exported, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "override", ["export.precision=int8", "export.scale_fmt=e8", "export.block=0", "export.shard_gb=0", "export.too=x"]
+    "override",
+    [
+        "export.precision=int8",
+        "export.scale_fmt=e8",
+        "export.block=0",
+        "export.block=100000",
+        "export.shard_gb=0",
+        "export.too=x",
+    ],
 )
 def test_export_keys(override, run_dir):
     with pytest.raises(UserError, match=override.partition("=")[0].replace(".", r"\.")):
@@ -316,3 +373,45 @@ def test_the_released_names_and_sizes():
     assert names["model.layers.3.mlp.experts.255.down_proj.weight"].shape == (7168, 2048)
     assert names["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"].shape == (576, 7168)
     assert sum(name.startswith("model.layers.3.") for name in names) == 9 + 2 + 3 + 3 * 256
+
+
+@pytest.mark.parametrize("name", ["DeepSeek V2 (lite)", "a=b,c", "it's {x}", "模型"])
+def test_folders_of_any_name(name, exported, tmp_path):
+    folder = Path(shutil.copytree(exported, tmp_path / name))
+    run_dir = import_checkpoint(str(folder), [f"run_dir={tmp_path / 'run'}"])
+    assert read_config(run_dir).name == f"import-{name}"
+
+
+def test_what_came_with_the_weights_goes_on(copy, tmp_path):
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    (copy / "generation_config.json").write_text('{"temperature": 0.6}')
+    edit(copy, lambda tensors: None, bos_token_id=3, eos_token_id=[7, 8])
+    run_dir = import_checkpoint(str(copy), [f"run_dir={tmp_path / 'run'}"])
+    folder = export_run(str(run_dir), ["export.precision=fp8"])
+    for name in ("chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (folder / name).read_bytes() == (copy / name).read_bytes()
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (3, [7, 8])
+    # The source's block of 16, not the default of 128.
+    assert config["quantization_config"]["weight_block_size"] == [16, 16]
+    card = (folder / "README.md").read_text()
+    assert "The weights are those of copy." in card
+    assert "tokens seen" not in card
+
+
+@pytest.mark.parametrize(
+    ("changed", "shown"),
+    [({"norm_topk_prob": True}, "norm_topk_prob=true"), ({"num_nextn_predict_layers": 1}, "export.mtp=false")],
+)
+def test_what_readers_would_compute_otherwise_is_not_exported(changed, shown, tmp_path):
+    run_dir = trained_run(tmp_path, preset("deepseek_v2_tiny", **changed))
+    with pytest.raises(UserError, match=shown):
+        export_run(str(run_dir), [])
+
+
+def test_a_licence_is_quoted(run_dir, tmp_path):
+    import yaml
+
+    folder = export_run(str(run_dir), [f"export.to={tmp_path / 'out'}", "export.license='a: b'"])
+    front = (folder / "README.md").read_text().split("---\n")[1]
+    assert yaml.safe_load(front)["license"] == "a: b"

@@ -11,13 +11,14 @@ import pytest
 import rank_tasks
 import torch
 from run_configs import tiny_run, write_corpus
+from torch.distributed.fsdp import FSDPModule
 
 from octofold.backends.errors import ConfigError
 from octofold.kernels.config import KernelsConfig
 from octofold.kernels.registry import Workload, choose
 from octofold.launch.compose import compose
-from octofold.train.build import draft_model
-from octofold.train.config import validate
+from octofold.train.build import BuiltModel, build_engine, draft_model, materialise
+from octofold.train.config import OptimConfig, validate
 from octofold.train.main import train
 from octofold.train.memory import MemoryNeed, ParameterCount, count_parameters, require_memory
 from octofold.train.models.config import ModelConfig
@@ -85,22 +86,49 @@ def test_a_twin_trains(name, tmp_path):
     assert ("mtp_losses" in records[0]) == (model.num_nextn_predict_layers > 0)
 
 
+def drafted(tmp_path: Path, precision: str, micro: int, training: bool = True) -> BuiltModel:
+    """The tiny V3 on one rank with a global batch of 8 sequences, on the meta device."""
+    run = tiny_run(tmp_path, precision={"name": precision}, train={"micro_batch_size": micro})
+    model = replace(preset("deepseek_v3_tiny"), vocab_size=100)
+    return draft_model(replace(run, model=model), torch.device("cpu"), 0, training=training)
+
+
 @pytest.mark.usefixtures("world_of_one")
-def test_bytes_of_one_rank(tmp_path):
-    model = preset("deepseek_v3_tiny")
+@pytest.mark.parametrize(("precision", "compute", "master"), [("fp64", 8, 8), ("bf16", 2, 4)])
+def test_bytes_of_one_rank(precision, compute, master, tmp_path):
     write_corpus(tmp_path)
-    drafted = draft_model(replace(tiny_run(tmp_path), model=replace(model, vocab_size=100)), torch.device("cpu"), 0)
-    # FP64: weight, gradient and two moments of 8 bytes; gathered weights and gradients of 8.
-    numbers = {name: p.numel() for name, p in drafted.model.named_parameters()}
-    assert all(p.is_meta for p in drafted.model.parameters())
-    assert drafted.need.state_bytes == sum(numbers.values()) * 32
+    built = drafted(tmp_path, precision, micro=8)
+    numbers = {name: p.numel() for name, p in built.model.named_parameters()}
+    assert all(p.is_meta for p in built.model.parameters())
+    total = sum(numbers.values())
     root = sum(n for name, n in numbers.items() if name.startswith(("embed_tokens", "norm", "lm_head")))
     largest = sum(n for name, n in numbers.items() if name.startswith("mtp.0."))
-    assert drafted.need.gathered_bytes == (root + largest) * 16
-    weights = draft_model(
-        replace(tiny_run(tmp_path), model=replace(model, vocab_size=100)), torch.device("cpu"), 0, training=False
-    ).need
-    assert weights == MemoryNeed(drafted.need.state_bytes // 4, drafted.need.gathered_bytes // 2)
+    # Weight, gradient and two moments; then weights that are gathered and the next layer's, and gradients twice.
+    gathered = (root + 2 * largest) * compute + (root + largest) * (compute + master)
+    assert (built.need.state_bytes, built.need.gathered_bytes) == (total * master * 4, gathered)
+    weights = drafted(tmp_path, precision, micro=8, training=False).need
+    assert (weights.state_bytes, weights.gathered_bytes) == (total * master, (root + 2 * largest) * compute)
+    accumulating = drafted(tmp_path, precision, micro=4).need
+    assert accumulating.gathered_bytes == (root + 3 * largest) * compute + total * master
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_gradients_that_wait_are_counted(tmp_path):
+    """What FSDP holds after a micro-batch that is not the last."""
+    write_corpus(tmp_path)
+    built = drafted(tmp_path, "bf16", micro=4)
+    materialise(built, torch.device("cpu"), seed=0)
+    engine = build_engine(built.model, OptimConfig(), 1)
+    tokens_BS = torch.zeros(1, 8, dtype=torch.int64)
+    logits = built.model(tokens_BS, torch.arange(8)[None], ahead=[tokens_BS])
+    engine.backward(sum(x.float().square().mean() for x in logits), last=False)
+    waiting_bytes = 0
+    for module in built.model.modules():
+        if isinstance(module, FSDPModule):
+            group = module._get_fsdp_state()._fsdp_param_group
+            waiting_bytes += sum(p.unsharded_accumulated_grad.nbytes for p in group.fsdp_params if group)
+    assert waiting_bytes == 4 * sum(p.numel() for p in built.model.parameters())
+    assert waiting_bytes < built.need.gathered_bytes
 
 
 @pytest.mark.parametrize(("world", "expert"), [(2, 1), (2, 2), (4, 2)])
@@ -108,22 +136,44 @@ def test_bytes_of_several_ranks(ranks, world, expert):
     model = replace(preset("deepseek_v3_tiny"), vocab_size=100)
     alone, needs = ranks(1).run(rank_tasks.need, model)[0], ranks(world).run(rank_tasks.need, model, expert)
     assert sum(need.state_bytes for need in needs) == alone.state_bytes
-    experts = 2 * 16 * 3 * 32 * 64 * 8  # weights and gradients of a layer's experts in FP64
-    assert {need.gathered_bytes for need in needs} == {alone.gathered_bytes - experts + experts // expert}
+    for need in needs:
+        assert need.expert_bytes == alone.expert_bytes // expert
+        assert need.gathered_bytes == alone.gathered_bytes - alone.expert_bytes + need.expert_bytes
+
+
+GIB = 2**30
+
+
+def refusal(need: MemoryNeed, memory_gib: int, ranks: int = 2) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        require_memory(
+            "m",
+            ParameterCount(1000, 100, 10),
+            need,
+            memory_bytes=memory_gib * GIB,
+            ranks=ranks,
+            expert=1,
+            experts=16,
+            device=torch.device("cpu"),
+        )
+    return caught.value
 
 
 @pytest.mark.usefixtures("world_of_one")
 def test_refusal_says_how_many_ranks_would_do():
-    count, cpu = ParameterCount(1000, 100, 10), torch.device("cpu")
-    need = MemoryNeed(state_bytes=8 * 2**30, gathered_bytes=2**30)
-    require_memory("m", count, need, memory_bytes=9 * 2**30, ranks=2, device=cpu)
-    with pytest.raises(ConfigError) as caught:
-        require_memory("m", count, need, memory_bytes=3 * 2**30, ranks=2, device=cpu)
-    assert "1,000 parameters, 100 active, 10 more for multi-token prediction, on 2 rank(s)" in str(caught.value)
-    assert "8.0 GiB of weights, gradients and moments and 1.0 GiB of gathered layers" in caught.value.rule
-    assert caught.value.remedy.startswith("at least 8 ranks of this size hold it")
-    with pytest.raises(ConfigError, match=r"parallel\.expert"):
-        require_memory("m", count, need, memory_bytes=2**30, ranks=2, device=cpu)
+    need = MemoryNeed(state_bytes=8 * GIB, gathered_bytes=GIB, expert_bytes=0, accumulates=False)
+    message = refusal(need, 3)
+    assert "1,000 parameters, 100 active, 10 more for multi-token prediction, on 2 rank(s)" in str(message)
+    assert (
+        "8.0 GiB of weights, gradients and moments and 1.0 GiB of gathered layers and their gradients" in message.rule
+    )
+    assert message.remedy.startswith("at least 8 ranks of this size hold it, with parallel.expert=1;")
+    # 8 GiB on 2 ranks are 16; experts of 4 GiB split in two leave room for 6 - 1 - 2 GiB a rank.
+    need = MemoryNeed(state_bytes=8 * GIB, gathered_bytes=5 * GIB, expert_bytes=4 * GIB, accumulates=True)
+    message = refusal(need, 6)
+    assert message.remedy.startswith("at least 6 ranks of this size hold it, with parallel.expert=2; a train.global")
+    assert "the unreduced gradients of all" in message.rule
+    assert refusal(need, 1).remedy.startswith("no number of ranks of this size holds it: 1.0 GiB are gathered without")
 
 
 REFUSED = """

@@ -9,6 +9,7 @@ import run_tasks
 from run_configs import tiny_run, write_corpus
 
 from octofold.backends.errors import UserError
+from octofold.train import sampling
 from octofold.train.sampling import sample
 
 EOS, PADDING = 256, 300
@@ -104,6 +105,15 @@ def test_sample_equals_what_the_trainer_writes(trained, root, ranks, tmp_path):
     greedy = sample(config, trained, "the ", tokens=12, temperature=0.0, top_k=0, seed=0)
     drawn = sample(config, trained, "the ", tokens=20, temperature=0.9, top_k=20, seed=5)
     assert [greedy, drawn] == first[0]
+
+
+def test_room_for_gathered_weights_does_not_change_the_text(trained, root, monkeypatch):
+    """With room they are cast once; without, layer by layer for every token."""
+    config = tiny_run(root, precision={"name": "bf16"})
+    settings: dict[str, Any] = {"tokens": 20, "temperature": 0.9, "top_k": 20, "seed": 5}
+    roomy = sample(config, trained, "the ", **settings)
+    monkeypatch.setattr(sampling, "rank_memory_bytes", lambda *_: 0)
+    assert sample(config, trained, "the ", **settings) == roomy
 
 
 def test_ranks_that_disagree_write_rank_0s_text(trained, root, ranks, tmp_path):

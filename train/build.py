@@ -10,8 +10,9 @@ from octofold.backends.errors import ConfigError
 from octofold.backends.process_group import RankInfo
 from octofold.kernels.registry import Choice, Workload, choose
 from octofold.parallel.apply import apply_plan
+from octofold.parallel.config import ParallelConfig
 from octofold.parallel.mesh import Meshes, build_meshes
-from octofold.train.config import OptimConfig, RunConfig
+from octofold.train.config import OptimConfig, RunConfig, TrainConfig
 from octofold.train.data.build import Data
 from octofold.train.engines.native import NativeEngine
 from octofold.train.memory import MemoryNeed, ParameterCount, count_parameters, gib, memory_need, require_memory
@@ -72,7 +73,8 @@ def draft_model(config: RunConfig, device: torch.device, tokenizer_size: int, *,
     count = count_parameters(model, plan, shape.num_experts_per_tok / shape.n_routed_experts)
     meshes = build_meshes(config.parallel, device.type)
     apply_plan(model, plan, meshes, compute_dtype=compute_dtype, master_dtype=master_dtype)
-    need = memory_need(model, plan, compute_dtype, training=training)
+    accumulates = micro_batches(config.train, config.parallel) > 1
+    need = memory_need(model, plan, compute_dtype, training=training, accumulates=accumulates)
     return BuiltModel(model, meshes, choices, count, need)
 
 
@@ -102,10 +104,22 @@ def draft_fitting(
     """
     device = backend.device(info.local_rank)
     built = draft_model(config, device, tokenizer_size, training=training)
-    room_bytes = rank_memory_bytes(backend, info)
-    name, ranks = config.model.name, info.world_size
-    require_memory(name, built.count, built.need, memory_bytes=room_bytes, ranks=ranks, device=device)
+    require_memory(
+        config.model.name,
+        built.count,
+        built.need,
+        memory_bytes=rank_memory_bytes(backend, info),
+        ranks=info.world_size,
+        expert=config.parallel.expert,
+        experts=config.model.n_routed_experts,
+        device=device,
+    )
     return built
+
+
+def micro_batches(train: TrainConfig, parallel: ParallelConfig) -> int:
+    """That a rank accumulates in a step."""
+    return train.global_batch_size // (train.micro_batch_size * parallel.data)
 
 
 def rank_memory_bytes(backend: Backend, info: RankInfo) -> int:
@@ -135,7 +149,7 @@ def startup_sections(
     """What was decided, for the start-up table."""
     shape, degrees, train = built.model.config, config.parallel, config.train
     capabilities = backend.capabilities(info.local_rank)
-    accumulation = train.global_batch_size // (train.micro_batch_size * degrees.data)
+    accumulation = micro_batches(train, degrees)
     tokens = train.global_batch_size * config.data.sequence_length
     bf16 = "native" if capabilities.bf16 else "emulated by the library: slow"
     arithmetic = f" (products on this device: {bf16})" if config.precision.name == "bf16" else ""
@@ -164,7 +178,7 @@ def startup_sections(
             "device": capabilities.device_name,
             "memory of a rank": gib(rank_memory_bytes(backend, info)),
             "weights, gradients, moments": gib(built.need.state_bytes),
-            "gathered layers": f"{gib(built.need.gathered_bytes)} (activations not counted)",
+            "gathered layers": f"{gib(built.need.gathered_bytes)}, gradients included (activations not counted)",
         },
         "precision": {
             "compute": config.precision.name + arithmetic,

@@ -1,5 +1,6 @@
 """The model card of an exported checkpoint: what it is, what it was trained on, how to load it."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,27 +34,19 @@ def model_card(facts: Facts) -> str:
     family = FAMILIES[model.scoring_func]
     front = [
         "---",
-        f"license: {facts.license}",
+        f"license: {json.dumps(facts.license)}",
         "library_name: transformers",
         "pipeline_tag: text-generation",
         f"tags: [octofold, mixture-of-experts, {family}]",
         "---",
     ]
-    imported = f"The run began from the weights of {state['imported_from']}." if "imported_from" in state else ""
-    training = {
-        "tokens seen": f"{state['tokens_seen']:,}",
-        "updates": f"{state['updates']:,}",
-        "data": facts.data.source + (f" ({facts.data.path.rpartition('/')[2]})" if facts.data.path else ""),
-        "tokenizer": facts.data.tokenizer.rpartition("/")[2],
-        "sequence length": facts.data.sequence_length,
-        "precision": f"{facts.trained_in}, master weights in {'FP64' if facts.trained_in == 'fp64' else 'FP32'}",
-    }
+    made = "written by Octofold" if not state["updates"] else "trained with Octofold"
     return "\n".join(
         [
             *front,
             f"# {model.name}",
             "",
-            f"A mixture-of-experts language model, {family} in architecture, trained with Octofold. {imported}".strip(),
+            f"A mixture-of-experts language model, {family} in architecture, {made}.",
             "",
             "## Architecture",
             "",
@@ -61,7 +54,7 @@ def model_card(facts: Facts) -> str:
             "",
             "## Training",
             "",
-            *_table(training),
+            *_training(facts),
             "",
             "## Weights",
             "",
@@ -92,6 +85,29 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
         "gate": f"{model.scoring_func}, {model.topk_method}",
         "multi-token prediction": f"{model.num_nextn_predict_layers} layer(s)",
         "vocabulary": model.vocab_size,
+    }
+
+
+def _training(facts: Facts) -> list[str]:
+    """What this run did; of what came before it, only where it began is known."""
+    state, origin = facts.state, facts.state.get("imported_from")
+    if not origin:
+        return _table(_figures(facts))
+    if not state["updates"]:
+        return [f"The weights are those of {origin}."]
+    return [f"The weights are those of {origin}, trained further:", "", *_table(_figures(facts))]
+
+
+def _figures(facts: Facts) -> dict[str, Any]:
+    state = facts.state
+    master = "FP64" if facts.trained_in == "fp64" else "FP32"
+    return {
+        "tokens seen": f"{state['tokens_seen']:,}",
+        "updates": f"{state['updates']:,}",
+        "data": facts.data.source + (f" ({facts.data.path.rpartition('/')[2]})" if facts.data.path else ""),
+        "tokenizer": facts.data.tokenizer.rpartition("/")[2],
+        "sequence length": facts.data.sequence_length,
+        "precision": f"{facts.trained_in}, master weights in {master}",
     }
 
 

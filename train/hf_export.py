@@ -5,6 +5,7 @@ already are copied as they are. Neither passes through BF16.
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,14 +25,16 @@ from octofold.train.config import RunConfig
 from octofold.train.data.tokenizer import Tokenizer, load_saved_tokenizer
 from octofold.train.hf_card import Facts, model_card
 from octofold.train.hf_files import finite, published, refuse, write_shards
+from octofold.train.hf_import import SOURCE
 from octofold.train.hf_tokenizer import write_tokenizer
 from octofold.train.models.config import ModelConfig
-from octofold.train.models.hf_config import fp8_quantization, to_hf
+from octofold.train.models.hf_config import fp8_quantization, refuse_to_publish, to_hf
 from octofold.train.models.hf_names import HfTensor, hf_tensors
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
 """The dtype of what is not quantised."""
 SCALE_FORMATS = ["auto", "float", "ue8m0"]
+LARGEST_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,10 @@ class ExportConfig:
     """Folder to write; null: RUN/export/step_N-PRECISION."""
     precision: str = "bf16"
     """bf16, fp32, or fp8: linear layers in E4M3 blocks, all else in BF16."""
-    block: int = 128
-    """Edge of the FP8 blocks; what the published models and their readers use is 128."""
+    block: int | None = None
+    """Edge of the FP8 blocks; null: what an imported checkpoint holds, else 128, which all published readers expect."""
     scale_fmt: str = "auto"
-    """float: FP32 scales (DeepSeek-V3); ue8m0: powers of two (V3.1); auto: what the checkpoint holds, else float."""
+    """float: FP32 scales (DeepSeek-V3); ue8m0: powers of two (V3.1); auto: what an import held, else float."""
     shard_gb: float = 5.0
     """Size of a file, about."""
     mtp: bool = True
@@ -60,8 +63,8 @@ def check(export: ExportConfig) -> None:
         raise unknown_name_error("export.precision", export.precision, list(PRECISIONS))
     if export.scale_fmt not in SCALE_FORMATS:
         raise unknown_name_error("export.scale_fmt", export.scale_fmt, SCALE_FORMATS)
-    if export.block < 1:
-        raise ConfigError("export.block", export.block, "at least 1", "export.block=128")
+    if export.block is not None and not 1 <= export.block <= LARGEST_BLOCK:
+        raise ConfigError("export.block", export.block, f"1 to {LARGEST_BLOCK}", "export.block=128")
     check_finite("export.shard_gb", export.shard_gb, least=1e-6)
 
 
@@ -80,10 +83,13 @@ def export_weights(run_dir: Path, checkpoint: Path, config: RunConfig, export: E
     model = _model(config, tokenizer)
     tensors = list(hf_tensors(model))
     check_tensors(reader, tensors)
+    export = replace(export, block=export.block or reader.state.get("block") or 128)
+    assert export.block is not None
     if not export.mtp:
         beyond = tuple(f"model.layers.{model.num_hidden_layers + d}." for d in range(model.num_nextn_predict_layers))
         tensors = [tensor for tensor in tensors if not tensor.name.startswith(beyond)]
         model = replace(model, num_nextn_predict_layers=0)
+    refuse_to_publish(model)
     power_of_two = _power_of_two(reader, export)
     writer = _Writer(reader, export, power_of_two)
     with published(target) as folder:
@@ -107,8 +113,7 @@ def export_weights(run_dir: Path, checkpoint: Path, config: RunConfig, export: E
             license=export.license,
             parameters=sum(prod(tensor.shape) for tensor in kept if not tensor.copy),
         )
-        saved = run_dir / "tokenizer"
-        _write_texts(folder, facts, saved, tokenizer, quantization if export.precision == "fp8" else None)
+        _write_texts(folder, facts, run_dir, tokenizer, quantization if export.precision == "fp8" else None)
     return target
 
 
@@ -164,6 +169,7 @@ class _Writer:
         """Of the checkpoint's tensors, filled in while slabs are read."""
         held = reader.state.get("scale_fmt")
         wanted = "ue8m0" if power_of_two else "float"
+        self.block = export.block or 0
         self.copies_fp8 = reader.state.get("block") == export.block and held == wanted
 
     def outputs(self, tensor: HfTensor) -> Iterator[OutputTensor]:
@@ -174,7 +180,7 @@ class _Writer:
             out = torch.float32 if tensor.exact and dtype == torch.float64 else out
             yield OutputTensor(tensor.name, out, tensor.shape, partial(self._cast, tensor, out))
             return
-        scale_dims = scale_shape(tensor.name, tensor.shape, self.export.block)
+        scale_dims = scale_shape(tensor.name, tensor.shape, self.block)
         name = tensor.name + SCALE_SUFFIX
         if dtype == torch.float8_e4m3fn and self.copies_fp8:
             scales = self.reader.tensors[f"model.{tensor.ours}{SCALE_SUFFIX}"][0]
@@ -196,7 +202,7 @@ class _Writer:
             if not finite(values):
                 # It is named at the end, and nothing of what is written here stays.
                 values = torch.nan_to_num(values.float(), posinf=0.0, neginf=0.0)
-            data, scale = quantize_blocks(values, block=self.export.block, power_of_two=self.power_of_two)
+            data, scale = quantize_blocks(values, block=self.block, power_of_two=self.power_of_two)
             found.append(scale)
             yield data
 
@@ -206,7 +212,7 @@ class _Writer:
 
     def _windows(self, tensor: HfTensor) -> Iterator[tuple[int, int]]:
         # Counted in FP32, which is what a slab becomes on its way.
-        return slabs_of(tensor.shape[0], 4 * (tensor.shape[1] if len(tensor.shape) > 1 else 1), self.export.block)
+        return slabs_of(tensor.shape[0], 4 * (tensor.shape[1] if len(tensor.shape) > 1 else 1), self.block)
 
     def _rows(self, tensor: HfTensor, first: int, last: int) -> torch.Tensor:
         """Rows of the tensor as they are stored."""
@@ -247,11 +253,22 @@ def _drained(found: list[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 
 def _write_texts(
-    folder: Path, facts: Facts, saved: Path, tokenizer: Tokenizer | None, quantization: dict[str, Any] | None
+    folder: Path, facts: Facts, run_dir: Path, tokenizer: Tokenizer | None, quantization: dict[str, Any] | None
 ) -> None:
-    """Everything but weights: config.json, generation_config.json, tokenizer, model card."""
-    eos_id = tokenizer.eos_id if tokenizer else None
-    bos_id = write_tokenizer(folder, saved, tokenizer) if tokenizer else None
+    """Everything but weights: config.json, generation_config.json, tokenizer, model card.
+
+    What came with imported weights goes on as it came, and its token ids into config.json.
+    """
+    source = run_dir / SOURCE
+    came: dict[str, Any] = {}
+    if source.is_dir():
+        came = json.loads((source / "config.json").read_text())
+        for path in source.iterdir():
+            if path.name != "config.json":
+                shutil.copy(path, folder / path.name)
+    elif tokenizer:
+        write_tokenizer(folder, run_dir / "tokenizer", tokenizer)
+    bos_id, eos_id = came.get("bos_token_id"), came.get("eos_token_id", tokenizer.eos_id if tokenizer else None)
     config = to_hf(
         facts.model,
         dtype="float32" if facts.precision == "fp32" else "bfloat16",
@@ -261,7 +278,8 @@ def _write_texts(
         quantization=quantization,
     )
     _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", {"bos_token_id": bos_id, "eos_token_id": eos_id})
+    if not (folder / "generation_config.json").exists():
+        _write_json(folder / "generation_config.json", {"bos_token_id": bos_id, "eos_token_id": eos_id})
     (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
 
 

@@ -31,9 +31,12 @@ SCALES = (torch.float32, torch.float8_e8m0fnu)
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 """Published by some tools; the model computes it."""
 SHARD_BYTES = 8 * 10**9
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
+KEPT_FILES = (
+    "tokenizer.json tokenizer_config.json special_tokens_map.json tokenizer.model added_tokens.json vocab.json "
+    "merges.txt chat_template.jinja chat_template.json generation_config.json LICENSE config.json"
+)
 SOURCE = "source"
-"""RUN/tokenizer/source keeps the tokenizer's files as they came, for export."""
+"""RUN/source keeps what came with the weights as it came, for export."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +91,20 @@ def _headers(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     elif not single.exists():
         return {}, [f"there is neither {single.name} nor {index.name}"]
     tensors: dict[str, StoredTensor] = {}
-    faults: list[str] = []
+    faults = [
+        f"{index.name}: {name} lies in {file!r}, which is no file's name"
+        for name, file in places.items()
+        if not isinstance(file, str) or Path(file).name != file
+    ]
+    if faults:
+        return {}, faults
     for file in sorted(set(places.values())) or [single.name]:
         try:
             stored, _ = read_header(folder / file)
         except UserError as error:
             faults.append(str(error).splitlines()[0])
             continue
-        faults += [f"{name}: in {file}, but not in the index" for name in stored if places.get(name, file) != file]
+        faults += [f"{name}: in {file}, but not in the index" for name in stored if places and places.get(name) != file]
         faults += [f"{n}: missing from {file}" for n, f in places.items() if f == file and n not in stored]
         tensors |= stored
     return tensors, faults
@@ -113,12 +122,16 @@ def depths_present(source: Source) -> int:
 
 
 def check_tensors(source: Source, model: ModelConfig) -> list[HfTensor]:
-    """The tensors that make up `model`, after a check that the source holds exactly them.
+    """The tensors that make up `model`, after a check that the source holds exactly those of config.json.
+
+    Args:
+        model: the source's, perhaps without its multi-token prediction.
 
     Raises:
         UserError: naming every tensor that is missing, unknown, or has another shape or type.
     """
-    expected = {tensor.name: tensor for tensor in hf_tensors(model)}
+    told = replace(source.model, num_nextn_predict_layers=depths_present(source))
+    expected = {tensor.name: tensor for tensor in hf_tensors(told)}
     found, faults = source.tensors, []
     scales: set[str] = set()
     for name, tensor in expected.items():
@@ -131,6 +144,8 @@ def check_tensors(source: Source, model: ModelConfig) -> list[HfTensor]:
         elif stored.dtype == torch.float8_e4m3fn and tensor.quantised and source.block:
             scales.add(name + SCALE_SUFFIX)
             faults += _scale_faults(found.get(name + SCALE_SUFFIX), name, tensor.shape, source.block)
+        elif stored.dtype == torch.float8_e4m3fn and tensor.quantised:
+            faults.append(f"{name}: FP8, and config.json has no quantization_config")
         elif stored.dtype not in FLOATS:
             faults.append(f"{name}: {stored.dtype} is not read here")
     faults += [
@@ -144,7 +159,7 @@ def check_tensors(source: Source, model: ModelConfig) -> list[HfTensor]:
             faults.append(f"{ours}: its parts have several types: {', '.join(sorted(map(str, dtypes)))}")
     rule = "a checkpoint holds exactly the tensors that its config.json describes"
     refuse(source.folder, faults, rule=rule, remedy="fetch those files again, or mend config.json")
-    return [tensor for tensor in expected.values() if tensor.name in found]
+    return [tensor for tensor in hf_tensors(model) if tensor.name in found]
 
 
 def by_ours(tensors: Iterable[HfTensor]) -> dict[str, list[HfTensor]]:
@@ -189,7 +204,7 @@ def import_weights(source: Source, model: ModelConfig, run_dir: Path) -> Path:
         refuse(source.folder, faults, rule="weights are finite", remedy="fetch those files again")
 
     quantization = source.config.get("quantization_config") or {}
-    state = {"block": source.block, "scale_fmt": quantization.get("scale_fmt", "float") if source.block else None}
+    state = {"block": source.block, "scale_fmt": quantization.get("scale_fmt") or "float" if source.block else None}
     try:
         return publish_weights(run_dir, write, {**state, "imported_from": source.folder.name})
     except OSError as error:
@@ -236,14 +251,20 @@ def _equal(source: Source, name: str, other: str) -> bool:
     return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pairs)
 
 
-def import_tokenizer(source: Path, run_dir: Path) -> Path | None:
-    """Keep the source's tokenizer in the run; returns its tokenizer.json there, or None where the source has none."""
+def keep_files(source: Path, run_dir: Path) -> Path | None:
+    """Keep the tokenizer and what else came with the weights in the run.
+
+    Returns:
+        RUN/tokenizer/tokenizer.json, or None where the source has no tokenizer.json.
+
+    Raises:
+        UserError: the tokenizer cannot be read.
+    """
+    (run_dir / SOURCE).mkdir()
+    for name in KEPT_FILES.split():
+        if (source / name).is_file():
+            shutil.copy(source / name, run_dir / SOURCE / name)
     if not (source / "tokenizer.json").exists():
         return None
-    kept = run_dir / "tokenizer"
-    load_tokenizer(DataConfig(tokenizer=str(source / "tokenizer.json")), iter(())).save(kept)
-    (kept / SOURCE).mkdir()
-    for name in TOKENIZER_FILES:
-        if (source / name).exists():
-            shutil.copy(source / name, kept / SOURCE / name)
-    return kept / "tokenizer.json"
+    load_tokenizer(DataConfig(tokenizer=str(source / "tokenizer.json")), iter(())).save(run_dir / "tokenizer")
+    return run_dir / "tokenizer" / "tokenizer.json"

@@ -6,22 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from octofold.train.data.tokenizer import Tokenizer
-from octofold.train.hf_import import SOURCE
 
 END = "<|endoftext|>"
 """The byte tokenizer's end of text has no name of its own."""
 
 
-def write_tokenizer(folder: Path, saved: Path, tokenizer: Tokenizer) -> int | None:
-    """Write tokenizer.json and tokenizer_config.json into `folder`; returns the id of a begin-of-text token, if any.
+def write_tokenizer(folder: Path, saved: Path, tokenizer: Tokenizer) -> None:
+    """Write tokenizer.json and tokenizer_config.json into `folder`.
 
     Args:
-        saved: RUN/tokenizer. Files that came with imported weights are copied as they came.
+        saved: RUN/tokenizer.
     """
-    if (saved / SOURCE).is_dir():
-        for path in (saved / SOURCE).iterdir():
-            shutil.copy(path, folder / path.name)
-        return _bos_id(folder)
     if tokenizer.kind == "bytes":
         _byte_tokenizer().save(str(folder / "tokenizer.json"))
         eos = END
@@ -30,16 +25,6 @@ def write_tokenizer(folder: Path, saved: Path, tokenizer: Tokenizer) -> int | No
         eos = json.loads((saved / "octofold_tokenizer.json").read_text())["eos"]
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "clean_up_tokenization_spaces": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return None
-
-
-def _bos_id(folder: Path) -> int | None:
-    from tokenizers import Tokenizer as Inner
-
-    path = folder / "tokenizer_config.json"
-    token = json.loads(path.read_text()).get("bos_token") if path.exists() else None
-    token = token["content"] if isinstance(token, dict) else token
-    return Inner.from_file(str(folder / "tokenizer.json")).token_to_id(token) if token else None
 
 
 def _byte_tokenizer() -> Any:

@@ -33,11 +33,15 @@ class MemoryNeed:
     state_bytes: int
     """This rank's shards: master weights and, in training, their gradients and two moments."""
     gathered_bytes: int
-    """Embedding, head and the largest layer whole, in the compute dtype; in training also their gradients."""
+    """What is whole for a while: embedding, head and two layers (one computes, the next arrives) in the compute dtype,
+    and their gradients; where micro-batches accumulate, the gradients of the whole model in the master dtype."""
+    expert_bytes: int
+    """Of `gathered_bytes` the experts, which a larger parallel.expert splits further."""
+    accumulates: bool
 
     @property
     def total_bytes(self) -> int:
-        """Both, which a rank holds at once."""
+        """What a rank holds at once."""
         return self.state_bytes + self.gathered_bytes
 
 
@@ -54,19 +58,39 @@ def count_parameters(model: nn.Module, plan: ParallelPlan, active_share: float) 
     return ParameterCount(total, total - routed + round(routed * active_share), mtp)
 
 
-def memory_need(model: nn.Module, plan: ParallelPlan, compute_dtype: torch.dtype, *, training: bool) -> MemoryNeed:
-    """The need of a model that `apply_plan` has split (meta device)."""
+def memory_need(
+    model: nn.Module, plan: ParallelPlan, compute_dtype: torch.dtype, *, training: bool, accumulates: bool
+) -> MemoryNeed:
+    """The need of a model that `apply_plan` has split (meta device).
+
+    Args:
+        training: gradients and moments are held too.
+        accumulates: over several micro-batches, during which no gradient is reduced (`NativeEngine.backward`).
+    """
     held = 4 if training else 1  # weight, gradient, two moments
-    state_bytes = 0
-    blocks = dict.fromkeys([*plan.blocks, ""], 0)
+    state_bytes, master_bytes = 0, 4
+    dense = dict.fromkeys([*plan.blocks, ""], 0)
+    experts = dict(dense)
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
-        state_bytes += parameter.to_local().numel() * parameter.element_size() * held
+        master_bytes = parameter.element_size()
+        state_bytes += parameter.to_local().numel() * master_bytes * held
         block = next((b for b in plan.blocks if name.startswith(f"{b}.")), "")
-        blocks[block] += _gathered_numel(parameter)
-    root = blocks.pop("")
-    gathered = (root + max(blocks.values(), default=0)) * compute_dtype.itemsize * (2 if training else 1)
-    return MemoryNeed(state_bytes, gathered)
+        kind = experts if name.rpartition(".")[0] in plan.experts else dense
+        kind[block] += _gathered_numel(parameter)
+    largest = max(plan.blocks, key=lambda b: dense[b] + experts[b])
+
+    def gathered(numel: dict[str, int]) -> int:
+        root, layer = numel[""], numel[largest]
+        weights = (root + 2 * layer) * compute_dtype.itemsize
+        if not training:
+            return weights
+        if accumulates:
+            return weights + sum(numel.values()) * master_bytes + layer * compute_dtype.itemsize
+        # As computed, and once more in the master dtype on the way to the ranks that own it.
+        return weights + (root + layer) * (compute_dtype.itemsize + master_bytes)
+
+    return MemoryNeed(state_bytes, gathered(dense) + gathered(experts), gathered(experts), accumulates)
 
 
 def _gathered_numel(parameter: DTensor) -> int:
@@ -77,7 +101,15 @@ def _gathered_numel(parameter: DTensor) -> int:
 
 
 def require_memory(
-    name: str, count: ParameterCount, need: MemoryNeed, *, memory_bytes: int, ranks: int, device: torch.device
+    name: str,
+    count: ParameterCount,
+    need: MemoryNeed,
+    *,
+    memory_bytes: int,
+    ranks: int,
+    expert: int,
+    experts: int,
+    device: torch.device,
 ) -> None:
     """Refuse a model that does not fit. Collective: every rank takes the same decision.
 
@@ -85,6 +117,8 @@ def require_memory(
         name: of the model.
         memory_bytes: what this rank may use.
         ranks: that hold the state together.
+        expert: degree of expert parallelism.
+        experts: routed experts of a layer.
 
     Raises:
         ConfigError: with the counts, the bytes needed and there, and how many ranks would do.
@@ -92,21 +126,35 @@ def require_memory(
     lacking = all_reduce_sum(torch.tensor([need.total_bytes > memory_bytes], dtype=torch.int64, device=device))
     if not lacking.item():
         return
-    room = memory_bytes - need.gathered_bytes
-    if room > 0:
-        more = f"at least {-(-need.state_bytes * ranks // room)} ranks of this size hold it"
-    else:
-        more = "split the experts over more ranks (parallel.expert): a layer's must fit when they are gathered"
     shown = (
         f"model={name}: {count.total:,} parameters, {count.active:,} active, {count.mtp:,} more for multi-token "
         f"prediction, on {ranks} rank(s)"
     )
+    has = f"it has {gib(memory_bytes)}" + ("" if need.total_bytes > memory_bytes else ", others have less")
     rule = (
         f"a rank holds {gib(need.state_bytes)} of weights, gradients and moments and {gib(need.gathered_bytes)} of "
-        f"gathered layers, beside activations; it has {gib(memory_bytes)}"
+        f"gathered layers and {'the unreduced gradients of all' if need.accumulates else 'their gradients'}, beside "
+        f"activations; {has}"
     )
     # The constructor shows a value that holds a "=" as it is.
+    more = ranks_needed(need, memory_bytes=memory_bytes, ranks=ranks, expert=expert, experts=experts)
+    if need.accumulates:
+        more += "; a train.global_batch_size without accumulation takes less"
     raise ConfigError("model", shown, rule, f"{more}; or a smaller model, such as model=deepseek_v3_tiny")
+
+
+def ranks_needed(need: MemoryNeed, *, memory_bytes: int, ranks: int, expert: int, experts: int) -> str:
+    """In words, how many ranks of this size hold the model; arguments as in `require_memory`."""
+    degrees = [d for d in range(expert, experts + 1) if experts % d == 0 and d % expert == 0]
+    for degree in degrees:
+        gathered = need.gathered_bytes - need.expert_bytes + need.expert_bytes * expert // degree
+        # More than half for what is gathered would ask for far more ranks than splitting the experts does.
+        if gathered <= memory_bytes // 2 or (degree == degrees[-1] and gathered < memory_bytes):
+            least = -(-need.state_bytes * ranks // (memory_bytes - gathered))
+            least = -(-max(least, degree) // degree) * degree
+            return f"at least {least} ranks of this size hold it, with parallel.expert={degree}"
+    dense = gib(need.gathered_bytes - need.expert_bytes)
+    return f"no number of ranks of this size holds it: {dense} are gathered without any experts"
 
 
 def gib(size_bytes: int) -> str:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from octofold.backends.errors import UserError
 from octofold.backends.process_group import RankInfo, joined
 from octofold.backends.registry import resolve
 from octofold.parallel.config import ParallelConfig
 from octofold.parallel.config import resolve as resolve_degrees
-from octofold.train.build import draft_fitting, materialise
+from octofold.train.build import COMPUTE_DTYPES, draft_fitting, materialise, rank_memory_bytes
 from octofold.train.checkpoint.manager import Checkpointer, find
 from octofold.train.config import RunConfig
 from octofold.train.data.tokenizer import Tokenizer, load_saved_tokenizer
@@ -71,12 +72,12 @@ def generate_ids(
 ) -> list[int]:
     """Up to `tokens` tokens that follow `ids`, without the end-of-text that ends them early.
 
-    Each token is computed from the cached latents of those before it. When `context` tokens are cached, the newer half
-    of them is read again into an empty cache, and so on. Collective: every rank passes the same arguments and draws the
-    same tokens. Leaves the model in evaluation mode.
+    The end of `ids` is read at once, then each token by itself: it is computed from the cached latents of those before
+    it. When `context` tokens are cached, the newer half of them is read again into an empty cache, and so on.
+    Collective: every rank passes the same arguments and draws the same tokens. Leaves the model in evaluation mode.
 
     Args:
-        context: the model sees at most this many tokens back; at least 2.
+        context: the model sees at most this many tokens back, and no more are cached; at least 1.
         vocab_size: ids from here on are never drawn (rows of the head that only pad it).
         temperature: 0 takes the likeliest token.
         top_k: draw among this many likeliest tokens; 0: among all.
@@ -144,6 +145,11 @@ def sample(
         materialise(built, device, seed=config.train.seed)
         model = built.model
         Checkpointer(run_dir, config.checkpoint, device).load(checkpoint, model_tensors(model), whole=False)
+        whole_bytes = built.count.total * COMPUTE_DTYPES[config.precision.name].itemsize
+        if built.need.state_bytes + whole_bytes <= rank_memory_bytes(backend, info):
+            # Where there is room, weights are cast to the compute dtype once, not for every token.
+            assert isinstance(model, FSDPModule)
+            model.set_reshard_after_forward(False)
         return generate(
             model,
             tokenizer,

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,8 @@ class Progress:
     """Attempted updates."""
     tokens_seen: int = 0
     """Labels that counted, over all ranks."""
-    imported_from: str | None = None
-    """The checkpoint whose weights the run began from."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """Of a run that began from imported weights: where they came from, and how they were quantised."""
 
 
 @dataclass(frozen=True)
@@ -157,9 +157,10 @@ class Trainer:
             return None
         gates = self.gates.values()
         loads_GE = gather_loads([gate.load_E for gate in gates])
-        biases = [gate.e_score_correction_bias for gate in gates if gate.e_score_correction_bias is not None]
-        if result.applied and biases:
-            update_biases(biases, loads_GE, schedule.bias_update_rate)
+        biases = {g: gate.e_score_correction_bias for g, gate in enumerate(gates)}
+        biased = {g: bias for g, bias in biases.items() if bias is not None}
+        if result.applied and biased:
+            update_biases(list(biased.values()), loads_GE[list(biased)], schedule.bias_update_rate)
         return loads_GE
 
     def _losses(self, losses_J: list[float], balance_sums: list[float]) -> dict[str, Any]:
@@ -300,7 +301,7 @@ class Trainer:
             "updates": self.engine.updates,
             "loader": self.loader.state_dict(),
             "tokens_seen": self.progress.tokens_seen,
-            **({"imported_from": self.progress.imported_from} if self.progress.imported_from else {}),
+            **self.progress.origin,
         }
         self.last_checkpoint = self.checkpointer.save(self.progress.step, self.engine.tensors(), state)
         self.saved_step = self.progress.step
@@ -309,7 +310,8 @@ class Trainer:
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint."""
         state = self.checkpointer.load(folder, self.engine.tensors())
-        self.progress = Progress(state["step"], state["tokens_seen"], state.get("imported_from"))
+        origin: dict[str, Any] = {k: v for k, v in state.items() if k in ("imported_from", "scale_fmt", "block")}
+        self.progress = Progress(state["step"], state["tokens_seen"], origin)
         self.engine.restore(state["updates"])
         if not state.get("weights_only"):
             self.loader.load_state_dict(state["loader"])

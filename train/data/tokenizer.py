@@ -218,7 +218,13 @@ def _declared_eos(path: Path) -> str | None:
     config = path.with_name("tokenizer_config.json")
     if not config.exists():
         return None
-    token = json.loads(config.read_text()).get("eos_token")
+    try:
+        token = json.loads(config.read_text())["eos_token"]
+    except KeyError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        rule = f"{config.name} beside it is no JSON object ({error})"
+        raise ConfigError("data.tokenizer", str(path), rule, f"mend or remove {config}") from error
     return token["content"] if isinstance(token, dict) else token
 
 

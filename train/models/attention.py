@@ -82,18 +82,21 @@ class LatentAttention(nn.Module):
         Args:
             rope: cosine and sine tables from `rope_tables`.
             doc_ids_BS: given, a token attends inside its own document only.
-            cache: given, the tokens follow those in the cache, and attention is computed in the absorbed form.
+            cache: given, the tokens follow those in the cache and are added to it. What follows others is computed in
+                the absorbed form; what begins a sequence is expanded, since many tokens make it the cheaper form.
         """
         c = self.config
         q_BSHn, q_BSHr = self._queries(x_BSD).split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
         q_BSHr = rotate(q_BSHr, *rope)
         latent_BSl, k_BSr = self.kv_a_proj_with_mqa(x_BSD).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         latent_BSl, k_BSr = self.kv_a_layernorm(latent_BSl), rotate(k_BSr[:, :, None], *rope)[:, :, 0]
-        if cache is None:
-            out_BSHv = self._expanded(q_BSHn, q_BSHr, latent_BSl, k_BSr, doc_ids_BS)
-        else:
+        kept_BCw = None
+        if cache is not None:
             assert doc_ids_BS is None, "the cache holds one document a sequence"
             kept_BCw = cache.extend(self.layer, torch.cat([latent_BSl, k_BSr], dim=-1))
+        if kept_BCw is None or kept_BCw.shape[1] == x_BSD.shape[1]:
+            out_BSHv = self._expanded(q_BSHn, q_BSHr, latent_BSl, k_BSr, doc_ids_BS)
+        else:
             out_BSHv = self._absorbed(q_BSHn, q_BSHr, kept_BCw)
         return self.o_proj(out_BSHv.flatten(2))
 
@@ -131,19 +134,16 @@ class LatentAttention(nn.Module):
         k = W_UK latent and v = W_UV latent, so q·k = (W_UKᵀ q)·latent and Σ p v = W_UV (Σ p latent): every head reads
         the cached latents as they are (DeepSeek-V2, section 2.1.2).
         """
-        c, sequences = self.config, q_BSHn.shape[0]
-        weight_Hwl = self.kv_b_proj.weight.unflatten(0, (c.num_attention_heads, -1))
+        c, (sequences, new, heads, _), kept = self.config, q_BSHn.shape, kept_BCw.shape[1]
+        weight_Hwl = self.kv_b_proj.weight.unflatten(0, (heads, -1))
         up_k_Hnl, up_v_Hvl = weight_Hwl.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
         q_BSHw = torch.cat([torch.einsum("bshn,hnl->bshl", q_BSHn, up_k_Hnl), q_BSHr], dim=-1)
-        # One key for all heads: positions and heads are rows of one product a sequence.
-        scores_BSHC = self.scale * (q_BSHw.flatten(1, 2) @ kept_BCw.mT).view(*q_BSHw.shape[:3], -1)
-        new, kept = q_BSHn.shape[1], kept_BCw.shape[1]
+        # One key for all heads, so positions and heads are rows of one product.
+        scores_BSHC = self.scale * (q_BSHw.flatten(1, 2) @ kept_BCw.mT).view(sequences, new, heads, kept)
         if new > 1:  # a single new token sees all
             hidden_SC = torch.ones(new, kept, dtype=torch.bool, device=kept_BCw.device).triu(kept - new + 1)
             scores_BSHC = scores_BSHC.masked_fill(hidden_SC[:, None], float("-inf"))
         exact = torch.float64 if scores_BSHC.dtype == torch.float64 else torch.float32
         weights_BSHC = scores_BSHC.softmax(-1, dtype=exact).to(kept_BCw.dtype)
-        seen_BSHl = (weights_BSHC.flatten(1, 2) @ kept_BCw[..., : c.kv_lora_rank]).view(
-            sequences, new, -1, c.kv_lora_rank
-        )
-        return torch.einsum("bshl,hvl->bshv", seen_BSHl, up_v_Hvl)
+        seen_BNl = weights_BSHC.flatten(1, 2) @ kept_BCw[..., : c.kv_lora_rank]
+        return torch.einsum("bshl,hvl->bshv", seen_BNl.view(sequences, new, heads, -1), up_v_Hvl)

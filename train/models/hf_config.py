@@ -5,11 +5,11 @@ fail or choose another gate; ours holds every key that the released files hold.
 """
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 from octofold.backends.errors import UserError
-from octofold.train.models.config import BalanceConfig, ModelConfig, RopeScalingConfig
+from octofold.train.models.config import CHOICES, ROPE_TYPES, BalanceConfig, ModelConfig, RopeScalingConfig
 
 SAME = (
     "vocab_size hidden_size num_hidden_layers first_k_dense_replace intermediate_size rms_norm_eps tie_word_embeddings "
@@ -18,10 +18,10 @@ SAME = (
     "moe_intermediate_size n_group topk_group norm_topk_prob routed_scaling_factor num_nextn_predict_layers"
 )
 """Keys that mean the same in both."""
-REQUIRED = (
-    "vocab_size hidden_size num_hidden_layers intermediate_size num_attention_heads kv_lora_rank qk_nope_head_dim "
-    "qk_rope_head_dim v_head_dim n_routed_experts num_experts_per_tok moe_intermediate_size"
-)
+OPTIONAL = "tie_word_embeddings initializer_range max_position_embeddings rope_theta num_nextn_predict_layers"
+"""Of these, those that a config.json may leave out: readers agree on what that means."""
+NULLABLE = "q_lora_rank n_shared_experts n_group topk_group num_nextn_predict_layers"
+"""Those that may be null: no rank, no shared expert, one group, no further tokens."""
 FAMILIES = {"softmax": "deepseek_v2", "sigmoid": "deepseek_v3"}
 """`model_type` by scoring function."""
 CLASSES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
@@ -34,7 +34,6 @@ FIXED: dict[str, list[Any]] = {
     "attention_dropout": [0, 0.0],
 }
 """What the model computes whatever a config says, so it must say that."""
-REMEDY = "\n  remedy: name a DeepSeek-V2, V2-Lite or V3 checkpoint"
 
 
 def to_hf(
@@ -43,7 +42,7 @@ def to_hf(
     dtype: str,
     sequence_length: int,
     bos_id: int | None,
-    eos_id: int | None,
+    eos_id: int | list[int] | None,
     quantization: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The contents of config.json.
@@ -101,76 +100,131 @@ def fp8_block(config: Mapping[str, Any]) -> int | None:
     quantization = config.get("quantization_config")
     if quantization is None:
         return None
-    block = quantization.get("weight_block_size") or [0, 1]
-    if (quantization.get("quant_method"), quantization.get("fmt", "e4m3")) != ("fp8", "e4m3") or block[0] != block[1]:
-        raise UserError(
-            f"config.json: quantization_config={dict(quantization)}\n"
-            "  rule:   weights are BF16, FP16, FP32, or FP8 (e4m3) in square blocks\n"
-            "  remedy: a checkpoint in one of these"
-        )
-    return int(block[0])
+    known = isinstance(quantization, dict) and quantization.get("quant_method") == "fp8"
+    known = known and quantization.get("fmt", "e4m3") == "e4m3"
+    known = known and quantization.get("scale_fmt") in (None, "float", "ue8m0")
+    block = quantization.get("weight_block_size") if known else None
+    if isinstance(block, list) and len(block) == 2 and block[0] == block[1] and type(block[0]) is int and block[0] > 0:
+        return block[0]
+    raise UserError(
+        f"config.json: quantization_config={quantization}\n"
+        "  rule:   weights are BF16, FP16, FP32, or FP8 (e4m3) in square blocks with scales in float or ue8m0\n"
+        "  remedy: a checkpoint in one of these"
+    )
+
+
+def refuse_to_publish(model: ModelConfig) -> None:
+    """Raise `UserError` where readers of the family would compute something else."""
+    if model.scoring_func != "softmax":
+        return
+    if model.norm_topk_prob:
+        _refuse(["model.norm_topk_prob=true"], "readers of DeepSeek-V2 do not divide the weights of the chosen experts")
+    if model.num_nextn_predict_layers:
+        shown = f"model.num_nextn_predict_layers={model.num_nextn_predict_layers}"
+        _refuse([shown], "DeepSeek-V2 has no multi-token prediction", "export.mtp=false leaves it out")
+
+
+def _refuse(faults: list[str], rule: str, remedy: str = "name a DeepSeek-V2, V2-Lite or V3 checkpoint") -> None:
+    if faults:
+        raise UserError("; ".join(faults) + f"\n  rule:   {rule}\n  remedy: {remedy}")
 
 
 def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """The model that a config.json describes.
 
     Reads the released files, ours, and what transformers writes (`rope_parameters`; no scoring_func and topk_method).
+    What would change the model is never guessed: readers differ in their defaults.
 
     Raises:
-        UserError: naming every key that asks for what the model does not compute, or that is missing.
+        UserError: naming every key that is missing, of another type, or asks for what the model does not compute.
     """
     family = config.get("model_type")
-    if family not in CLASSES:
-        raise UserError(f"config.json: model_type={family}\n  rule:   one of: {', '.join(CLASSES)}{REMEDY}")
-    faults = [f"{name} is missing" for name in REQUIRED.split() if config.get(name) is None]
-    faults += [
-        f"{name}={config[name]} (a number)"
-        for name in SAME.split()
-        if config.get(name) is not None and not isinstance(config[name], int | float)
-    ]
+    if family not in list(CLASSES):
+        _refuse([f"config.json: model_type={family}"], f"one of: {', '.join(CLASSES)}")
+    faults, values = _numbers(config)
     faults += [
         f"{key}={config[key]} (only {legal[0]})"
         for key, legal in FIXED.items()
         if key in config and config[key] not in legal
     ]
     faults += [f"{key}={config[key]} (sparse attention)" for key in config if key.startswith("index_")]
-    scoring, method = ("sigmoid", "noaux_tc") if family == "deepseek_v3" else ("softmax", "greedy")
-    scoring, method = config.get("scoring_func") or scoring, config.get("topk_method") or method
+    scoring = next(name for name, kind in FAMILIES.items() if kind == family)
+    method = config.get("topk_method") or CHOICES[scoring][0]
+    if config.get("scoring_func") not in (None, scoring):
+        faults.append(f"scoring_func={config['scoring_func']} ({family} has {scoring})")
+    if method not in CHOICES[scoring]:
+        faults.append(f"topk_method={method} ({family} has {' or '.join(CHOICES[scoring])})")
+    if scoring == "softmax" and values.get("norm_topk_prob"):
+        faults.append("norm_topk_prob=True (readers of DeepSeek-V2 do not divide the weights)")
     rope, theta = _rope(config, faults)
-    if faults:
-        rule = "the model computes nothing else"
-        raise UserError("config.json: " + "; ".join(faults) + f"\n  rule:   {rule}{REMEDY}")
-    values: dict[str, Any] = {name: config[name] for name in SAME.split() if config.get(name) is not None}
-    values |= {"rope_theta": theta, "rope_scaling": rope, "q_lora_rank": config.get("q_lora_rank")}
-    if family == "deepseek_v2":
-        values.setdefault("norm_topk_prob", False)
+    _refuse([f"config.json: {fault}" for fault in faults], "the model computes what config.json says, and nothing else")
+    if scoring == "softmax":
         values["num_nextn_predict_layers"] = 0
-    alpha = float(config.get("aux_loss_alpha") or 0.0)
+    alpha = config.get("aux_loss_alpha")
+    alpha = float(alpha) if alpha is not None and _is_number(alpha) else 0.0
     if method == "noaux_tc":
         balance = BalanceConfig(sequence_loss=alpha)
     else:
         balance = BalanceConfig(bias_update_rate=0.0, expert_loss=alpha)
-    model = ModelConfig(scoring_func=scoring, topk_method=method, balance=balance)
-    # JSON does not tell whole numbers from broken ones, a dataclass does.
-    broken = [field.name for field in fields(model) if isinstance(getattr(model, field.name), float)]
-    typed: dict[str, Any] = {k: float(v) if k in broken else v for k, v in values.items()}
-    return replace(model, **typed)
+    values |= {"rope_theta": theta, "rope_scaling": rope, "balance": balance}
+    return ModelConfig(scoring_func=scoring, topk_method=method, **values)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _numbers(config: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """What is wrong with the keys of `SAME`, and their values in the types of `ModelConfig`."""
+    faults: list[str] = []
+    values: dict[str, Any] = {}
+    defaults = ModelConfig()
+    for name in SAME.split():
+        if name not in config:
+            faults += [] if name in OPTIONAL.split() else [f"{name} is missing"]
+            continue
+        value, default = config[name], getattr(defaults, name)
+        if value is None and name in (*NULLABLE.split(), *OPTIONAL.split()):
+            if name in NULLABLE.split():
+                values[name] = {"q_lora_rank": None, "n_group": 1, "topk_group": 1}.get(name, 0)
+        elif isinstance(default, bool):
+            faults += [] if isinstance(value, bool) else [f"{name}={value} (true or false)"]
+            values[name] = value
+        elif isinstance(default, float):
+            faults += [] if _is_number(value) else [f"{name}={value} (a number)"]
+            values[name] = float(value) if _is_number(value) else value
+        else:
+            faults += [] if _is_number(value) and isinstance(value, int) else [f"{name}={value} (a whole number)"]
+            values[name] = value
+    return faults, values
 
 
 def _rope(config: Mapping[str, Any], faults: list[str]) -> tuple[RopeScalingConfig, float]:
     """The rotary embedding's stretch and theta, from either layout; what is not understood joins `faults`."""
-    given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(given.pop("rope_theta", config.get("rope_theta") or 10000.0))
-    kind = given.pop("rope_type", given.pop("type", "default"))
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        faults.append(f"rope_scaling={given} (keys and values)")
+        given = {}
+    given = {key: value for key, value in given.items() if value is not None}
+    theta = given.pop("rope_theta", config.get("rope_theta") or 10000.0)
+    kind = given.pop("rope_type", None) or given.get("type") or "default"
     given.pop("type", None)
-    if kind == "default":
-        return RopeScalingConfig(), theta
-    known = {field.name for field in fields(RopeScalingConfig)}
-    if kind != "yarn":
+    known = {field.name for field in fields(RopeScalingConfig)} if kind == "yarn" else set()
+    if kind not in ROPE_TYPES:
         faults.append(f"rope type {kind} (only default and yarn)")
-    faults += [f"rope_scaling.{key}={value} (unknown)" for key, value in given.items() if key not in known]
-    values: dict[str, Any] = {key: value for key, value in given.items() if key in known and value is not None}
-    for key in values:
-        values[key] = int(values[key]) if key.startswith("original") else float(values[key])
-    # A config that names neither means: attention grows by the factor alone, which mscale_all_dim=0 says.
-    return RopeScalingConfig(type="yarn", **values), theta
+    else:
+        faults += [
+            f"rope_scaling.{key}={value} (unknown for {kind})" for key, value in given.items() if key not in known
+        ]
+    given = {key: value for key, value in given.items() if key in known}
+    for key, value in {"rope_theta": theta, **given}.items():
+        if not _is_number(value):
+            faults.append(f"{key}={value} (a number)")
+    # Readers differ in what they take for one that is missing.
+    needed = ["factor", "original_max_position_embeddings"] if kind == "yarn" else []
+    needed += ["mscale"] if given.get("mscale_all_dim") else []
+    faults += [f"rope_scaling.{key} is missing" for key in needed if key not in given]
+    if faults:
+        return RopeScalingConfig(), 10000.0
+    values: dict[str, Any] = {k: int(v) if k.startswith("original") else float(v) for k, v in given.items()}
+    return RopeScalingConfig(type=kind, **values), float(theta)
