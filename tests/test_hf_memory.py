@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 CONVERT = Path(__file__).parent.parent / "benchmarks" / "convert.py"
-CONSTANT_BYTES = 256 * 2**20
+CONSTANT_BYTES = 128 * 2**20
 """Slabs, what they become on their way, and what the allocator keeps."""
 
 
