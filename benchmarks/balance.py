@@ -105,18 +105,18 @@ def draw(runs: dict[str, list[Measured]], path: Path) -> None:
         axes.set_xlabel("training step")
         axes.set_ylabel("busiest expert ÷ mean load")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
 
 
 def report(runs: dict[str, list[Measured]], config: RunConfig) -> None:
     """Print the table and whether balancing did its work at no cost."""
-    print(f"{'':12}{'max ÷ mean load':>18}{'worst layer':>14}{'validation loss (nats/token)':>32}")
+    print(f"{'':12}{'max ÷ mean load':>20}{'worst layer':>20}{'validation loss (nats/token)':>32}")
     for name, of_seeds in runs.items():
         loads_G = [run.last_quarter for run in of_seeds]
         means, worst = (", ".join(f"{of(load_G):.2f}" for load_G in loads_G) for of in (np.mean, np.max))
         losses = ", ".join(f"{run.loss:.4f}" for run in of_seeds)
-        print(f"{name:12}{means:>18}{worst:>14}{losses:>32}")
+        print(f"{name:12}{means:>20}{worst:>20}{losses:>32}")
     print(f"counting noise alone: about {counting_noise(config):.2f}")
     unbalanced, balanced = (np.array([run.loss for run in runs[name]]) for name in ("unbalanced", "balanced"))
     highest = max(float(run.last_quarter.mean()) for run in runs["balanced"])
