@@ -74,7 +74,9 @@ def config_of(rate: float, steps: int, seed: int) -> RunConfig:
 
 def measure(config: RunConfig, folder: Path) -> Measured:
     """Train into `folder` and read what was recorded."""
-    train(config, folder)
+    outcome = train(config, folder)
+    if outcome.interrupted_by:
+        raise SystemExit(128 + outcome.interrupted_by)
     records = read_metrics(folder)
     steps = [record for record in records if record["kind"] == "train"]
     load_NG = np.array([list(record["balance"]["imbalance"].values()) for record in steps])
