@@ -15,7 +15,7 @@ from octofold.parallel.mesh import Meshes, build_meshes
 from octofold.train.config import OptimConfig, RunConfig, TrainConfig
 from octofold.train.data.build import Data
 from octofold.train.engines.native import NativeEngine
-from octofold.train.memory import MemoryNeed, ParameterCount, count_parameters, gib, memory_need, require_memory
+from octofold.train.memory import MemoryNeed, ParameterCount, count_parameters, memory_need, readable, require_memory
 from octofold.train.models.config import ModelConfig
 from octofold.train.models.decoder import Decoder
 from octofold.train.models.init import initialise
@@ -176,9 +176,9 @@ def startup_sections(
         "device": {
             "backend": backend.name,
             "device": capabilities.device_name,
-            "memory of a rank": gib(rank_memory_bytes(backend, info)),
-            "weights, gradients, moments": gib(built.need.state_bytes),
-            "gathered layers": f"{gib(built.need.gathered_bytes)}, gradients included (activations not counted)",
+            "memory of a rank": readable(rank_memory_bytes(backend, info)),
+            "weights, gradients, moments": readable(built.need.state_bytes),
+            "gathered layers": f"{readable(built.need.gathered_bytes)}, gradients included (activations not counted)",
         },
         "precision": {
             "compute": config.precision.name + arithmetic,

@@ -130,10 +130,10 @@ def require_memory(
         f"model={name}: {count.total:,} parameters, {count.active:,} active, {count.mtp:,} more for multi-token "
         f"prediction, on {ranks} rank(s)"
     )
-    has = f"it has {gib(memory_bytes)}" + ("" if need.total_bytes > memory_bytes else ", others have less")
+    has = f"it has {readable(memory_bytes)}" + ("" if need.total_bytes > memory_bytes else ", others have less")
     rule = (
-        f"a rank holds {gib(need.state_bytes)} of weights, gradients and moments and {gib(need.gathered_bytes)} of "
-        f"gathered layers and {'the unreduced gradients of all' if need.accumulates else 'their gradients'}, beside "
+        f"a rank holds {readable(need.state_bytes)} of weights, gradients and moments and "
+        f"{readable(need.gathered_bytes)} of gathered layers and {'the unreduced gradients of all' if need.accumulates else 'their gradients'}, beside "
         f"activations; {has}"
     )
     # The constructor shows a value that holds a "=" as it is.
@@ -153,10 +153,10 @@ def ranks_needed(need: MemoryNeed, *, memory_bytes: int, ranks: int, expert: int
             least = -(-need.state_bytes * ranks // (memory_bytes - gathered))
             least = -(-max(least, degree) // degree) * degree
             return f"at least {least} ranks of this size hold it, with parallel.expert={degree}"
-    dense = gib(need.gathered_bytes - need.expert_bytes)
+    dense = readable(need.gathered_bytes - need.expert_bytes)
     return f"no number of ranks of this size holds it: {dense} are gathered without any experts"
 
 
-def gib(size_bytes: int) -> str:
+def readable(size_bytes: int) -> str:
     """A size for people."""
-    return f"{size_bytes / 2**30:,.1f} GiB"
+    return f"{size_bytes / 2**30:,.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:,.1f} MiB"
