@@ -131,10 +131,10 @@ def require_memory(
         f"prediction, on {ranks} rank(s)"
     )
     has = f"it has {readable(memory_bytes)}" + ("" if need.total_bytes > memory_bytes else ", others have less")
+    waiting = "the unreduced gradients of all" if need.accumulates else "their gradients"
     rule = (
         f"a rank holds {readable(need.state_bytes)} of weights, gradients and moments and "
-        f"{readable(need.gathered_bytes)} of gathered layers and {'the unreduced gradients of all' if need.accumulates else 'their gradients'}, beside "
-        f"activations; {has}"
+        f"{readable(need.gathered_bytes)} of gathered layers and {waiting}, beside activations; {has}"
     )
     # The constructor shows a value that holds a "=" as it is.
     more = ranks_needed(need, memory_bytes=memory_bytes, ranks=ranks, expert=expert, experts=experts)
