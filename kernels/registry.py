@@ -14,6 +14,7 @@ import torch
 from octofold.backends.dotted import is_dotted, load_dotted
 from octofold.backends.errors import ConfigError, unknown_name_error
 from octofold.kernels.config import KernelsConfig
+from octofold.kernels.qtensor import Format, QTensor
 
 PROVIDERS: dict[str, dict[str, str]] = {
     "attention": {
@@ -35,9 +36,17 @@ PROVIDERS: dict[str, dict[str, str]] = {
         "torch": "octofold.kernels.torch_swiglu",
         "reference": "octofold.kernels.reference.swiglu",
     },
+    "quantize": {"reference": "octofold.kernels.reference.quantize"},
+    "quantize_groups": {"reference": "octofold.kernels.reference.quantize"},
+    "swiglu_quantize": {"reference": "octofold.kernels.reference.quantize"},
+    "scaled_mm": {"reference": "octofold.kernels.reference.scaled_mm"},
+    "scaled_grouped_mm": {"reference": "octofold.kernels.reference.scaled_mm"},
+    "scaled_grouped_inner_mm": {"reference": "octofold.kernels.reference.scaled_mm"},
 }
 """op -> provider -> module, in the order `auto` tries them. A module has a function named as the op, and
 `why_unsupported(workload) -> str | None`."""
+FP8_OPS = [op for op in PROVIDERS if "quantize" in op or op.startswith("scaled")]
+"""Those that only FP8 runs call."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,12 @@ class Workload:
     dtype: torch.dtype
     grouped_widths: tuple[int, ...] = ()
     """Row lengths of the operands of grouped products."""
+    formats: tuple[Format, ...] = ()
+    """How operands are quantised; none in a run without FP8."""
+    accumulation: str = "fp32"
+    """Of quantised products: fp32 or hopper (`kernels/reference/scaled_mm.py`)."""
+    emulated: bool = False
+    """Quantised products are computed although the device has no FP8 arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,12 @@ class Kernels:
     grouped_mm: Callable[..., torch.Tensor]
     rms_norm: Callable[..., torch.Tensor]
     swiglu: Callable[..., torch.Tensor]
+    quantize: Callable[..., QTensor]
+    quantize_groups: Callable[..., QTensor]
+    swiglu_quantize: Callable[..., QTensor]
+    scaled_mm: Callable[..., torch.Tensor]
+    scaled_grouped_mm: Callable[..., torch.Tensor]
+    scaled_grouped_inner_mm: Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -80,7 +101,8 @@ def choose(config: KernelsConfig, workload: Workload) -> tuple[Kernels, list[Cho
     for op, providers in PROVIDERS.items():
         choice = _choose_one(op, getattr(config, op), providers, workload)
         functions[op] = _load(op, choice.provider)
-        choices.append(choice)
+        if workload.formats or op not in FP8_OPS:
+            choices.append(choice)
     return Kernels(**functions), choices
 
 
