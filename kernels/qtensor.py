@@ -86,7 +86,7 @@ class QTensor:
 
 
 def spread(scale: torch.Tensor, tile: tuple[int, int], shape: torch.Size) -> torch.Tensor:
-    """Each tile's scale [..., r, c] at its places: [..., R or 1, C or 1], where a dim that has one tile keeps size 1."""
+    """Each tile's scale [..., r, c] at its places: [..., R or 1, C or 1]; a dim that has one tile keeps size 1."""
     rows, columns = shape[-2:]
     if scale.shape[-2] > 1:
         scale = scale.repeat_interleave(tile[0], dim=-2)[..., :rows, :]

@@ -10,17 +10,10 @@ from octofold.train.data.config import DataConfig
 from octofold.train.data.config import check as check_data
 from octofold.train.models.config import ModelConfig
 from octofold.train.models.config import check as check_model
+from octofold.train.precision.config import PrecisionConfig
+from octofold.train.precision.config import check as check_precision
 
-PRECISIONS = ["bf16", "fp32", "fp64"]
 SCHEDULES = ["cosine", "wsd", "constant"]
-
-
-@dataclass(frozen=True)
-class PrecisionConfig:
-    """The `precision` group. Master weights, gradients and optimiser states are FP32 (FP64 under fp64)."""
-
-    name: str = "bf16"
-    """bf16: products and activations in BF16; fp32; fp64 (for proofs of layouts)."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +25,9 @@ class OptimConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
+    moments: str = "fp32"
+    """What AdamW's two moments are kept in: fp32; bf16 (DeepSeek-V3); fp8 (tiles of 128 with a scale each). The update
+    is computed in FP32."""
     no_decay: list[str] = field(default_factory=lambda: ["*norm*", "embed_tokens.*"])
     """Names of parameters without weight decay, with * and ?. A tied head is the embedding: embed_tokens.weight."""
     clip_norm: float = 1.0
@@ -117,8 +113,7 @@ def validate(config: RunConfig, world_size: int) -> RunConfig:
     """
     check_model(config.model)
     check_data(config.data)
-    if config.precision.name not in PRECISIONS:
-        raise unknown_name_error("precision.name", config.precision.name, PRECISIONS)
+    check_precision(config.precision)
     if config.engine.name != "native":
         raise unknown_name_error("engine.name", config.engine.name, ["native"])
     config = replace(config, parallel=resolve(config.parallel, world_size))
