@@ -16,6 +16,10 @@ class Capabilities:
     fp8: bool
     """Products of FP8 operands run natively."""
     memory_bytes: int
+    mxfp8: bool = False
+    """Products scale their operands' tiles of 32 natively."""
+    peak_flops: dict[str, float] | None = None
+    """Dense products, operations a second, by the arithmetic they run on: bf16, fp8; None where nobody has told."""
 
 
 class Backend(ABC):

@@ -7,6 +7,15 @@ from octofold.backends.errors import ConfigError
 
 FP8_COMPUTE_CAPABILITY = (8, 9)
 """Ada and Hopper brought FP8 tensor cores."""
+MX_COMPUTE_CAPABILITY = (10, 0)
+"""Blackwell brought microscaling."""
+PEAK_FLOPS = {
+    ("NVIDIA H100 80GB HBM3", 132): {"bf16": 989e12, "fp8": 1979e12},
+    ("NVIDIA H200", 132): {"bf16": 989e12, "fp8": 1979e12},
+    ("NVIDIA H800", 132): {"bf16": 989e12, "fp8": 1979e12},
+}
+"""Dense peaks of the SXM modules, from NVIDIA's datasheets, by what the driver says: name and multiprocessors. Boards
+and partitions (MIG) of the same chip have other names, clocks or sizes; of those nothing is claimed."""
 
 
 class CudaBackend(Backend):
@@ -41,7 +50,9 @@ class CudaBackend(Backend):
             properties.name,
             bf16=level >= (8, 0),
             fp8=level >= FP8_COMPUTE_CAPABILITY,
+            mxfp8=level >= MX_COMPUTE_CAPABILITY,
             memory_bytes=properties.total_memory,
+            peak_flops=PEAK_FLOPS.get((properties.name, properties.multi_processor_count)),
         )
 
     def peak_memory_bytes(self) -> int:

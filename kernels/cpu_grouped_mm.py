@@ -29,7 +29,7 @@ def _padded(x_rD: torch.Tensor) -> torch.Tensor:
     return block
 
 
-def _rows_mm(x_rD: torch.Tensor, w_DF: torch.Tensor, out_rF: torch.Tensor) -> None:
+def rows_mm(x_rD: torch.Tensor, w_DF: torch.Tensor, out_rF: torch.Tensor) -> None:
     """out = x w."""
     whole, rest = _parts(x_rD.shape[0], x_rD.dtype)
     if whole:
@@ -38,7 +38,7 @@ def _rows_mm(x_rD: torch.Tensor, w_DF: torch.Tensor, out_rF: torch.Tensor) -> No
         out_rF[whole:] = torch.mm(_padded(x_rD[whole:]), w_DF)[:rest]
 
 
-def _inner_mm(a_rF: torch.Tensor, b_rD: torch.Tensor, out_FD: torch.Tensor) -> None:
+def inner_mm(a_rF: torch.Tensor, b_rD: torch.Tensor, out_FD: torch.Tensor) -> None:
     """out = aᵀ b, summed over the rows; the padded rows add zeros."""
     whole, rest = _parts(a_rF.shape[0], a_rF.dtype)
     torch.mm(a_rF[:whole].t(), b_rD[:whole], out=out_FD)
@@ -53,7 +53,7 @@ class _GroupedMm(torch.autograd.Function):
         ctx.save_for_backward(x_ND, w_EFD)
         out_NF = x_ND.new_empty(x_ND.shape[0], w_EFD.shape[1])
         for x, w, out in zip(x_ND.split(ctx.sizes), w_EFD, out_NF.split(ctx.sizes), strict=True):
-            _rows_mm(x, w.t(), out)
+            rows_mm(x, w.t(), out)
         return out_NF
 
     @staticmethod
@@ -62,8 +62,8 @@ class _GroupedMm(torch.autograd.Function):
         grad_x, grad_w = torch.empty_like(x_ND), torch.empty_like(w_EFD)
         groups = (grad_NF.split(ctx.sizes), x_ND.split(ctx.sizes), w_EFD, grad_x.split(ctx.sizes), grad_w)
         for grad, x, w, into_x, into_w in zip(*groups, strict=True):
-            _rows_mm(grad, w, into_x)
-            _inner_mm(grad, x, into_w)
+            rows_mm(grad, w, into_x)
+            inner_mm(grad, x, into_w)
         return grad_x, grad_w, None
 
 

@@ -46,9 +46,9 @@ class Format:
         return E8M0 if self.scale == "ue8m0" else torch.float32
 
     def tiles(self, rows: int, columns: int) -> tuple[int, int]:
-        """(r, c) of a matrix; at least one each, so that an empty matrix has a scale too."""
-        high, wide = self.tile[0] or max(rows, 1), self.tile[1] or max(columns, 1)
-        return max(1, -(-rows // high)), max(1, -(-columns // wide))
+        """(r, c) of a matrix: none along an empty dim, but one where a tile has its whole extent."""
+        high, wide = self.tile
+        return -(-rows // high) if high else 1, -(-columns // wide) if wide else 1
 
 
 @dataclass(frozen=True)

@@ -36,16 +36,55 @@ PROVIDERS: dict[str, dict[str, str]] = {
         "torch": "octofold.kernels.torch_swiglu",
         "reference": "octofold.kernels.reference.swiglu",
     },
-    "quantize": {"reference": "octofold.kernels.reference.quantize"},
-    "quantize_groups": {"reference": "octofold.kernels.reference.quantize"},
-    "swiglu_quantize": {"reference": "octofold.kernels.reference.quantize"},
-    "scaled_mm": {"reference": "octofold.kernels.reference.scaled_mm"},
-    "scaled_grouped_mm": {"reference": "octofold.kernels.reference.scaled_mm"},
-    "scaled_grouped_inner_mm": {"reference": "octofold.kernels.reference.scaled_mm"},
+    "permute": {
+        "triton": "octofold.kernels.triton_permute",
+        "torch": "octofold.kernels.torch_permute",
+        "reference": "octofold.kernels.reference.permute",
+    },
+    "unpermute": {
+        "triton": "octofold.kernels.triton_permute",
+        "torch": "octofold.kernels.torch_permute",
+        "reference": "octofold.kernels.reference.permute",
+    },
+    "quantize": {
+        "cpu": "octofold.kernels.cpu_quantize",
+        "triton": "octofold.kernels.triton_quantize",
+        "reference": "octofold.kernels.reference.quantize",
+    },
+    "quantize_groups": {
+        "cpu": "octofold.kernels.cpu_quantize",
+        "triton": "octofold.kernels.triton_quantize",
+        "reference": "octofold.kernels.reference.quantize",
+    },
+    "swiglu_quantize": {
+        "cpu": "octofold.kernels.cpu_quantize",
+        "triton": "octofold.kernels.triton_quantize",
+        "reference": "octofold.kernels.reference.quantize",
+    },
+    "dequantize": {
+        "cpu": "octofold.kernels.cpu_scaled_mm",
+        "reference": "octofold.kernels.reference.scaled_mm",
+    },
+    "scaled_mm": {
+        "triton": "octofold.kernels.triton_scaled_mm",
+        "cpu": "octofold.kernels.cpu_scaled_mm",
+        "torch": "octofold.kernels.torch_scaled_mm",
+        "reference": "octofold.kernels.reference.scaled_mm",
+    },
+    "scaled_grouped_mm": {
+        "triton": "octofold.kernels.triton_scaled_mm",
+        "cpu": "octofold.kernels.cpu_scaled_mm",
+        "reference": "octofold.kernels.reference.scaled_mm",
+    },
+    "scaled_grouped_inner_mm": {
+        "triton": "octofold.kernels.triton_scaled_mm",
+        "cpu": "octofold.kernels.cpu_scaled_mm",
+        "reference": "octofold.kernels.reference.scaled_mm",
+    },
 }
 """op -> provider -> module, in the order `auto` tries them. A module has a function named as the op, and
 `why_unsupported(workload) -> str | None`."""
-FP8_OPS = [op for op in PROVIDERS if "quantize" in op or op.startswith("scaled")]
+FP8_OPS = [op for op in PROVIDERS if "quantize" in op or op.startswith("scaled_")]
 """Those that only FP8 runs call."""
 
 
@@ -73,9 +112,12 @@ class Kernels:
     grouped_mm: Callable[..., torch.Tensor]
     rms_norm: Callable[..., torch.Tensor]
     swiglu: Callable[..., torch.Tensor]
+    permute: Callable[..., torch.Tensor]
+    unpermute: Callable[..., torch.Tensor]
     quantize: Callable[..., QTensor]
     quantize_groups: Callable[..., QTensor]
     swiglu_quantize: Callable[..., QTensor]
+    dequantize: Callable[..., torch.Tensor]
     scaled_mm: Callable[..., torch.Tensor]
     scaled_grouped_mm: Callable[..., torch.Tensor]
     scaled_grouped_inner_mm: Callable[..., torch.Tensor]

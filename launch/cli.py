@@ -19,6 +19,7 @@ verbs:
   train     train a model, or go on with a run
   sample    write text from a run's newest checkpoint
   report    draw a run: loss, expert load, throughput
+  verify    prove a configuration: FP8 against BF16
   import    begin a run from a Hugging Face checkpoint
   export    write a run's checkpoint for Hugging Face transformers, vLLM and others
 
@@ -66,6 +67,23 @@ usage: octofold report RUN
 Draws loss, learning rate, gradient norm, expert load and throughput of a run, as PNG files and one HTML page.
 """
 
+VERIFY_USAGE = """\
+usage: octofold verify precision [GROUP=OPTION ...] [KEY=VALUE ...] [verify.KEY=VALUE ...] [--config-dir DIR]
+
+Trains what `octofold train` would in FP8, in BF16, and in BF16 that differs in rounding only, on the same batches from
+the same initial weights. Compares the loss curves (does FP8 stay within the bar, and does the noise floor of the two
+BF16 runs allow to tell?) and holds every product of FP8 layers to FP64 and to the reference. Writes
+runs/verify-precision-TIME/ (or run_dir): the runs, result.json, curves.png. Given that run_dir again, it goes on there.
+
+  octofold verify precision experiment=quickstart precision=fp8_block precision.arithmetic=emulate
+
+  verify.steps=null         steps of each run; null: train.steps
+  verify.bar=0.0025         mean relative error of the smoothed loss that counts as none
+  verify.smoothing=0.9      weight of the past in the moving average of the losses
+  verify.seeds=1            three runs each: train.seed, train.seed+1, ...
+
+exit status: 0 yes, 1 no, 3 inconclusive
+"""
 
 IMPORT_USAGE = """\
 usage: octofold import FOLDER [GROUP=OPTION ...] [KEY=VALUE ...]
@@ -100,7 +118,7 @@ sharded safetensors with an index, config.json, tokenizer, model card. Prints th
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit status.
 
-    0: fine; 1: the run failed; 2: the user's mistake, told on stderr; 128 + signal: interrupted.
+    0: fine; 1: the run failed; 2: the user's mistake, told on stderr; 128 + signal: interrupted. `verify` has more.
 
     Args:
         argv: what follows `octofold`; None: the process's own arguments.
@@ -179,6 +197,12 @@ def _export(argv: list[str]) -> int:
     return 0
 
 
+def _verify(argv: list[str]) -> int:
+    from octofold.launch.verify import run
+
+    return run(argv)
+
+
 def _train(argv: list[str]) -> int:
     from octofold.launch.train import run
 
@@ -189,6 +213,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, TRAIN_USAGE),
     "sample": (_sample, SAMPLE_USAGE),
     "report": (_report, REPORT_USAGE),
+    "verify": (_verify, VERIFY_USAGE),
     "import": (_import, IMPORT_USAGE),
     "export": (_export, EXPORT_USAGE),
 }

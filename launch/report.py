@@ -20,7 +20,8 @@ def report(run_dir: Path) -> list[Path]:
         UserError: the folder holds no training records, or a `config.yaml` that cannot be read.
     """
     from octofold.launch.report_page import write_page
-    from octofold.launch.report_plots import draw_all
+    from octofold.launch.report_plots import PLOTS, draw_all
+    from octofold.launch.report_precision import precision_plots
 
     if not (run_dir / METRICS_FILE).is_file():
         raise UserError(
@@ -37,8 +38,8 @@ def report(run_dir: Path) -> list[Path]:
     name = str(config.get("name", run_dir.resolve().name))
     report_dir = run_dir / "report"
     report_dir.mkdir(exist_ok=True)
-    plots = draw_all(records, name, report_dir)
-    return [*plots, write_page(records, config, name, plots, report_dir / "index.html")]
+    paths = draw_all(records, {**PLOTS, **precision_plots(records)}, name, report_dir)
+    return [*paths, write_page(records, config, name, paths, report_dir / "index.html")]
 
 
 def _read_config(path: Path) -> dict[str, Any]:

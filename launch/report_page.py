@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from octofold.launch.report_plots import Records, column, last_of_kind, of_kind
+from octofold.launch.report_precision import worst_modules
 from octofold.train.console import printable, verdict
 
 MAIN_KEYS = {
@@ -17,7 +18,7 @@ MAIN_KEYS = {
     "data": "source path tokenizer sequence_length",
     "train": "steps global_batch_size micro_batch_size seed",
     "optim": "lr schedule warmup_steps weight_decay clip_norm",
-    "precision": "name",
+    "precision": "name arithmetic",
     "parallel": "data_replicate data_shard expert",
     "backend": "name",
     "launch": "nproc_per_node",
@@ -56,6 +57,8 @@ def write_page(records: Records, config: dict[str, Any], run_name: str, plots: l
         _table(_numbers(records)),
         f'<h2>Plots</h2>\n<div class="plots">\n{images}\n</div>',
     ]
+    if worst := worst_modules(records):
+        parts.append(f"<h2>Worst FP8 modules at step {worst[0]:,}</h2>\n{_table(worst[1])}")
     if final and final.get("sample"):
         parts.append(f"<h2>Sample</h2>\n<pre>{escape(printable(final['sample']))}</pre>")
     if rows := _main_values(config):
@@ -88,9 +91,12 @@ def _numbers(records: Records) -> dict[str, str]:
         for name, loss in final.get("baselines", {}).items():
             rows[f"{name} bytes"] = f"{_number(loss)} nats/byte"
         rows["training time"] = f"{final['train_s'] / 60:,.1f} minutes"
-    rates = column(train, "tokens_per_s")
-    if (finite := rates[np.isfinite(rates)]).size:
-        rows["throughput"] = f"{np.median(finite):,.0f} tokens/s (median)"
+    rates = {"throughput": ("tokens_per_s", ",.0f", " tokens/s")}
+    rates |= {"model FLOP/s": ("model_tflops", ",.3g", " TFLOP/s a rank"), "MFU": ("mfu", ".1%", "")}
+    for name, (key, form, unit) in rates.items():
+        values = column(train, key)
+        if (finite := values[np.isfinite(values)]).size:
+            rows[name] = f"{np.median(finite):{form}}{unit} (median)"
     if "imbalance" in last:
         rows["busiest expert"] = f"{_number(last['imbalance'], '.2f')} × mean load"
     if entropies := last.get("balance", {}).get("load_entropy"):

@@ -18,19 +18,23 @@ BLUE, GREEN, RED, GREY = "#0072B2", "#009E73", "#D55E00", "#6b6b6b"
 BASELINE_COLOURS = {"unigram": "#56B4E9", "bigram": "#CC79A7", "trigram": GREEN}
 BALANCE_LOSSES = {"sequence": BLUE, "expert": GREEN, "device": RED, "communication": "#CC79A7", "z": "#E69F00"}
 DOTS_PER_INCH = 110
+OVERVIEW_COLUMNS = 3
 MAX_ANNOTATED_CELLS = 400
 MAX_NAMED_LAYERS = 8
 FEW_POINTS = 20
 """Below this many points, each is marked and none is smoothed away."""
 
 Records = list[dict[str, Any]]
+Plots = Mapping[str, Callable[["Axes", Records], None]]
+"""Name -> function that draws it."""
 
 
-def draw_all(records: Records, run_name: str, report_dir: Path) -> list[Path]:
-    """Draw every plot of `PLOTS` and the overview; returns the files written, the overview first.
+def draw_all(records: Records, plots: Plots, run_name: str, report_dir: Path) -> list[Path]:
+    """Draw every plot and the overview; returns the files written, the overview first.
 
     Args:
         records: a run's records, with at least one of kind `train`.
+        plots: such as `PLOTS`.
         run_name: heads the overview.
         report_dir: an existing folder.
     """
@@ -38,10 +42,13 @@ def draw_all(records: Records, run_name: str, report_dir: Path) -> list[Path]:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     paths = []
-    overview = Figure(figsize=(22, 13), dpi=DOTS_PER_INCH, layout=ConstrainedLayoutEngine(h_pad=0.15, w_pad=0.15))
+    lines = -(-len(plots) // OVERVIEW_COLUMNS)
+    layout = ConstrainedLayoutEngine(h_pad=0.15, w_pad=0.15)
+    overview = Figure(figsize=(22, 13 / 3 * lines), dpi=DOTS_PER_INCH, layout=layout)
     overview.suptitle(run_name, fontsize=16, fontweight="bold", x=0.01, ha="left", parse_math=False)
-    for axes, (name, draw) in zip(overview.subplots(3, 3).flat, PLOTS.items(), strict=True):
-        draw(axes, records)
+    grid = overview.add_gridspec(lines, OVERVIEW_COLUMNS)
+    for place, (name, draw) in enumerate(plots.items()):
+        draw(overview.add_subplot(grid[divmod(place, OVERVIEW_COLUMNS)]), records)
         figure = Figure(figsize=(8, 4.6), dpi=DOTS_PER_INCH, layout="constrained")
         draw(figure.subplots(), records)
         paths.append(report_dir / f"{name}.png")
@@ -65,7 +72,7 @@ def draw_loss(axes: "Axes", records: Records) -> None:
         unit, losses = "nats/byte", losses / bytes_per_token
         is_byte_level = math.isclose(bytes_per_token, 1, rel_tol=1e-6)
         label = "training" if is_byte_level else f"training (÷ {bytes_per_token:.2f} bytes/token)"
-    _style(axes, "Loss", f"loss ({unit})")
+    style(axes, "Loss", f"loss ({unit})")
     _draw_series(axes, steps, losses, label)
     for depth in range(len(train[-1].get("mtp_losses", []))):
         further = column([dict(enumerate(record.get("mtp_losses", []))) for record in train], depth)
@@ -88,10 +95,10 @@ def draw_loss(axes: "Axes", records: Records) -> None:
 def draw_learning_rate(axes: "Axes", records: Records) -> None:
     """The learning rate of each step."""
     train = of_kind(records, "train")
-    _style(axes, "Learning rate", "learning rate")
+    style(axes, "Learning rate", "learning rate")
     axes.yaxis.set_major_formatter("{x:g}")
     steps = column(train, "step")
-    axes.plot(steps, column(train, "lr"), color=BLUE, linewidth=1.8, marker=_marker(steps))
+    axes.plot(steps, column(train, "lr"), color=BLUE, linewidth=1.8, marker=marker(steps))
     axes.set_ylim(bottom=0)
 
 
@@ -100,7 +107,7 @@ def draw_gradient_norm(axes: "Axes", records: Records) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     train = of_kind(records, "train")
-    _style(axes, "Gradient norm", "global L2 norm before clipping")
+    style(axes, "Gradient norm", "global L2 norm before clipping")
     norms = column(train, "grad_norm")
     if (norms > 0).any():
         axes.set_yscale("log")
@@ -114,7 +121,7 @@ def draw_gradient_norm(axes: "Axes", records: Records) -> None:
 def draw_throughput(axes: "Axes", records: Records) -> None:
     """Tokens a second, with the median."""
     train = of_kind(records, "train")
-    _style(axes, "Throughput", "tokens/s")
+    style(axes, "Throughput", "tokens/s")
     rates = column(train, "tokens_per_s")
     axes.yaxis.set_major_formatter("{x:,.0f}")
     _draw_series(axes, column(train, "step"), rates, "tokens/s")
@@ -159,26 +166,26 @@ def draw_expert_load(axes: "Axes", records: Records) -> None:
 
 def draw_imbalance(axes: "Axes", records: Records) -> None:
     """Busiest expert's load as a multiple of the mean, by layer, over the steps."""
-    _style(axes, "Expert imbalance", "busiest expert ÷ mean load")
+    style(axes, "Expert imbalance", "busiest expert ÷ mean load")
     _draw_layers(axes, records, "imbalance", even=1)
 
 
 def draw_entropy(axes: "Axes", records: Records) -> None:
     """Entropy of the expert loads as a share of its largest value, by layer, over the steps."""
-    _style(axes, "Entropy of expert load", "entropy ÷ ln(experts)")
+    style(axes, "Entropy of expert load", "entropy ÷ ln(experts)")
     _draw_layers(axes, records, "load_entropy", even=1)
 
 
 def draw_unused(axes: "Axes", records: Records) -> None:
     """Share of the experts that no token chose, by layer, over the steps."""
-    _style(axes, "Unused experts", "share of the layer's experts")
+    style(axes, "Unused experts", "share of the layer's experts")
     _draw_layers(axes, records, "unused_share", even=0)
 
 
 def draw_balance_losses(axes: "Axes", records: Records) -> None:
     """Balance losses without their weights, on a logarithmic axis: those of loads are near 1 when even, z is not."""
     train = of_kind(records, "train")
-    _style(axes, "Balance losses", "mean over sequences and layers")
+    style(axes, "Balance losses", "mean over sequences and layers")
     present = [name for name in BALANCE_LOSSES if f"{name}_loss" in train[-1]]
     if not present:
         _say(axes, "no balance losses")
@@ -189,7 +196,7 @@ def draw_balance_losses(axes: "Axes", records: Records) -> None:
     steps = column(train, "step")
     for name in present:
         values = smooth(column(train, f"{name}_loss"))
-        axes.plot(steps, values, color=BALANCE_LOSSES[name], linewidth=1.6, marker=_marker(steps), label=name)
+        axes.plot(steps, values, color=BALANCE_LOSSES[name], linewidth=1.6, marker=marker(steps), label=name)
     axes.legend(frameon=False)
 
 
@@ -212,14 +219,14 @@ def _draw_layers(axes: "Axes", records: Records, name: str, even: float) -> None
             smooth(column(of_layers, layer)),
             color=colour,
             linewidth=1.6,
-            marker=_marker(steps),
+            marker=marker(steps),
             label=f"layer {layer}" if is_named else None,
         )
     axes.axhline(even, color=GREY, linestyle="--", linewidth=1.3, label="balanced")
     axes.legend(frameon=False, ncols=2)
 
 
-PLOTS: dict[str, Callable[["Axes", Records], None]] = {
+PLOTS: Plots = {
     "loss": draw_loss,
     "learning_rate": draw_learning_rate,
     "gradient_norm": draw_gradient_norm,
@@ -230,6 +237,7 @@ PLOTS: dict[str, Callable[["Axes", Records], None]] = {
     "unused_experts": draw_unused,
     "balance_losses": draw_balance_losses,
 }
+"""Those of every run."""
 
 
 def of_kind(records: Records, kind: str) -> Records:
@@ -278,7 +286,8 @@ def _bytes_per_token(records: Records) -> float | None:
     return None
 
 
-def _style(axes: "Axes", title: str, y_label: str) -> None:
+def style(axes: "Axes", title: str, y_label: str) -> None:
+    """A title, the steps below, a label beside, and few lines."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_title(title, loc="left", fontweight="bold")
@@ -299,13 +308,13 @@ def _draw_series(axes: "Axes", steps: np.ndarray, values: np.ndarray, label: str
     finite = np.isfinite(values)
     if len(values) >= FEW_POINTS:
         axes.plot(steps, np.where(finite, values, np.nan), color=BLUE, linewidth=1, alpha=0.3)
-    axes.plot(steps, smooth(values), color=BLUE, linewidth=1.8, marker=_marker(steps), label=label)
+    axes.plot(steps, smooth(values), color=BLUE, linewidth=1.8, marker=marker(steps), label=label)
     if not finite.all():
         bad = steps[~finite]
         marks = np.full(len(bad), 0.02)
         axes.plot(bad, marks, "x", color=RED, transform=axes.get_xaxis_transform(), label=f"not finite: {len(bad)}")
 
 
-def _marker(steps: np.ndarray) -> str | None:
+def marker(steps: np.ndarray) -> str | None:
     """One point alone makes no line."""
     return "o" if len(steps) < FEW_POINTS else None

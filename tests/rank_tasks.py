@@ -14,12 +14,16 @@ from tiny_models import kernels_for, labels_of, positions_of, tokens_of
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
-from octofold.backends.collectives import all_reduce_sum, all_to_all, exchange_counts
+from octofold.backends.collectives import all_reduce_sum, exchange_counts
+from octofold.kernels.config import KernelsConfig
+from octofold.kernels.qtensor import Format
+from octofold.kernels.registry import Workload, choose
 from octofold.parallel.balance import gather_loads, update_biases
 from octofold.parallel.config import ParallelConfig, resolve
 from octofold.parallel.expert import ExchangedExperts, LocalExperts
 from octofold.parallel.mesh import build_meshes
 from octofold.parallel.norm import global_norm
+from octofold.parallel.transport import Route, Traffic, exchange
 from octofold.train.build import BuiltModel, build_engine, build_model, draft_model
 from octofold.train.checkpoint.manager import Checkpointer, find
 from octofold.train.config import CheckpointConfig, OptimConfig, PrecisionConfig, RunConfig, TrainConfig
@@ -80,15 +84,23 @@ def world() -> dist.ProcessGroup:
 # --- exchanges -------------------------------------------------------------------------------------------------------
 
 
-def exchange(blocks: list[list[torch.Tensor]], cotangents: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """all_to_all of `blocks[source][target]`: what this rank received, and the gradient of what it sent."""
+def move(
+    blocks: list[list[torch.Tensor]],
+    cotangents: list[torch.Tensor],
+    forward: Format | None = None,
+    backward: Format | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, int]]:
+    """Exchange `blocks[source][target]`: what this rank received, the gradient of what it sent, the bytes it sent."""
     rank = dist.get_rank()
     rows = torch.cat(blocks[rank]).requires_grad_()
-    send_counts, receive_counts = [len(b) for b in blocks[rank]], [len(sent[rank]) for sent in blocks]
-    received = all_to_all(rows, receive_counts, send_counts, world())
+    route = Route(world(), [len(b) for b in blocks[rank]], [len(sent[rank]) for sent in blocks])
+    formats = tuple(format for format in (forward, backward) if format is not None)
+    kernels, _ = choose(KernelsConfig(), Workload("cpu", rows.dtype, formats=formats))
+    traffic = Traffic()
+    received = exchange(rows, route, kernels, traffic, purpose="dispatch", forward=forward, backward=backward)
     received.backward(cotangents[rank])
     assert rows.grad is not None
-    return received.detach(), rows.grad
+    return received.detach(), rows.grad, traffic.take()
 
 
 def count_exchange(counts_RRL: torch.Tensor) -> torch.Tensor:

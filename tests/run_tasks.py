@@ -49,9 +49,10 @@ def build(config: RunConfig, run_dir: Path, stream: TextIO | None = None) -> Tra
 
 
 def whole(tensors: dict[str, torch.Tensor]) -> Arrays:
-    """Unsplit copies by name."""
+    """Unsplit copies by name; BF16, which numpy lacks, as FP32."""
     full = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
-    return {name: tensor.detach().numpy().copy() for name, tensor in full.items()}
+    wide = {name: t.float() if t.dtype == torch.bfloat16 else t for name, t in full.items()}
+    return {name: tensor.detach().numpy().copy() for name, tensor in wide.items()}
 
 
 def run(config: RunConfig, run_dir: Path, stop_at: int | None = None) -> dict[str, Any]:

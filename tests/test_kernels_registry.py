@@ -10,16 +10,26 @@ from octofold.backends.errors import ConfigError
 from octofold.kernels import cpu_attention, torch_grouped_mm
 from octofold.kernels.config import KernelsConfig
 from octofold.kernels.reference import grouped_mm as reference_grouped_mm
-from octofold.kernels.registry import PROVIDERS, Workload, choose
+from octofold.kernels.qtensor import Format
+from octofold.kernels.registry import FP8_OPS, PROVIDERS, Workload, choose
 
 CPU = Workload("cpu", torch.bfloat16, (64, 32))
+FP8_ON_CPU = Workload("cpu", torch.bfloat16, (64, 32), formats=(Format((1, 128)),), emulated=True)
 
 
 def test_auto_takes_the_first_that_supports_the_workload():
-    kernels, choices = choose(KernelsConfig(), CPU)
-    assert [(c.op, c.provider) for c in choices] == [(op, next(iter(providers))) for op, providers in PROVIDERS.items()]
-    assert all(choice.rejected == {} for choice in choices)
+    kernels, choices = choose(KernelsConfig(), FP8_ON_CPU)
+    first = {op: next(name for name in providers if name != "triton") for op, providers in PROVIDERS.items()}
+    assert {choice.op: choice.provider for choice in choices} == first
+    assert all(choice.rejected.keys() <= {"triton"} for choice in choices)
+    assert all("NVIDIA" in reason for choice in choices for reason in choice.rejected.values())
     assert kernels.attention is cpu_attention.attention
+
+
+def test_a_run_without_fp8_has_no_rows_for_its_ops():
+    _, choices = choose(KernelsConfig(), CPU)
+    assert [choice.op for choice in choices] == [op for op in PROVIDERS if op not in FP8_OPS]
+    assert {"quantize", "quantize_groups", "swiglu_quantize", "dequantize"} < set(FP8_OPS)
 
 
 def test_auto_tells_why_it_passed_a_provider_by():
@@ -53,7 +63,7 @@ def test_a_named_provider_that_cannot_serve_stops_the_run(workload, reason):
 def test_named_providers_are_honoured():
     kernels, choices = choose(KernelsConfig(attention="reference", grouped_mm="torch"), CPU)
     assert kernels.grouped_mm is torch_grouped_mm.grouped_mm
-    assert [choice.provider for choice in choices] == ["reference", "torch", "cpu", "torch"]
+    assert [choice.provider for choice in choices][:4] == ["reference", "torch", "cpu", "torch"]
 
 
 def test_an_unknown_provider_suggests_the_nearest():

@@ -14,6 +14,7 @@ import torch
 from octofold.backends.errors import UserError
 from octofold.launch.report import report
 from octofold.launch.report_plots import PLOTS, smooth
+from octofold.launch.report_precision import precision_plots, worst_modules
 from octofold.parallel.balance import load_metrics
 from octofold.train.metrics import MetricsWriter, read_metrics
 
@@ -31,10 +32,11 @@ def make_run(
     final: bool = True,
     depths: int = 0,
     losses: tuple[str, ...] = (),
+    fp8_modules: int = 0,
     **broken: object,
 ) -> Path:
-    """A run folder like a trainer's, a record every 10 steps, with `depths` of multi-token prediction and balance
-    `losses`; `broken` overrides fields of the last train record."""
+    """A run folder like a trainer's, a record every 10 steps, with `depths` of multi-token prediction, balance `losses`
+    and `fp8_modules` sampled every 20 steps; `broken` overrides fields of the last train record."""
     rng = np.random.default_rng(0)
     options = {"wandb": False, "tensorboard": False, "resumed_step": None}
     writer = MetricsWriter(run_dir, run_name="test", config={}, **options)
@@ -64,6 +66,11 @@ def make_run(
         if depths:
             record["mtp_losses"] = [loss * bytes_per_token + depth for depth in range(1, depths + 1)]
         record |= {f"{name}_loss": 1 + 1 / step for name in losses}
+        if fp8_modules:
+            record |= {"loss_scale": 2.0 ** (16 - step // 100), "overflows": step // 100}
+            record |= {"model_tflops": 0.02, "mfu": 0.4}
+        if fp8_modules and step % 20 == 0:
+            record["precision_health"] = health(fp8_modules, step)
         writer.log(record | (broken if step == steps else {}))
         if validate and step % 50 == 0:
             units = {"loss": loss * bytes_per_token, "loss_per_byte": loss}
@@ -82,6 +89,25 @@ def make_run(
         )
     writer.close()
     return run_dir
+
+
+def health(modules: int, step: int, **broken: float) -> dict:
+    """A sample in which module n has n + 1 times the underflow of module 0, and weights lose nothing; `broken` goes to
+    the gradient of module 0."""
+    kinds = ("activation", "weight", "gradient")
+    sample: dict = {kind: {} for kind in kinds}
+    for kind in kinds:
+        for module in range(modules):
+            sample[kind][f"layers.{module}.<proj>"] = {
+                "underflow": 0.0 if kind == "weight" else 1e-4 * step * (module + 1),
+                "saturation": 0.0,
+                "amax": 3.0 + module,
+                "scale_spread": 2.0 * module,
+                "snr_db": 30.0 - module,
+                "non_finite_tiles": 0.0,
+            }
+    sample["gradient"]["layers.0.<proj>"] |= broken
+    return sample
 
 
 class Page(HTMLParser):
@@ -150,8 +176,8 @@ def test_a_finished_run_gets_every_plot_and_a_page(tmp_path):
 def axes_of(plot: str, run_dir: Path):
     from matplotlib.figure import Figure
 
-    axes = Figure().subplots()
-    PLOTS[plot](axes, read_metrics(run_dir))
+    axes, records = Figure().subplots(), read_metrics(run_dir)
+    {**PLOTS, **precision_plots(records)}[plot](axes, records)
     return axes
 
 
@@ -203,6 +229,62 @@ def test_balance_losses_are_drawn_where_there_are_some(tmp_path):
     assert {name: values[-1] for name, values in lines.items()} == pytest.approx({"sequence": 1.005, "z": 1.005})
     none = axes_of("balance_losses", make_run(tmp_path / "none"))
     assert [text.get_text() for text in none.texts] == ["no balance losses"]
+
+
+def test_the_health_of_fp8_tensors_is_drawn_by_kind_and_shown_where_it_is_worst(tmp_path):
+    run_dir = make_run(tmp_path, steps=40, fp8_modules=3)
+    paths = report(run_dir)
+    shown = ["precision_underflow", "precision_saturation", "precision_snr", "precision_scale_spread", "loss_scale"]
+    assert [path.stem for path in paths[1 + len(PLOTS) : -1]] == shown
+    lines = lines_of("precision_underflow", run_dir)
+    assert lines.keys() == {f"{kind}, {of}" for kind in health(1, 0) for of in ("median", "worst")}
+    assert lines["gradient, median"] == pytest.approx([4e-3, 8e-3])
+    assert lines["gradient, worst"] == pytest.approx([6e-3, 12e-3])
+    assert lines_of("precision_snr", run_dir)["activation, worst"] == [28.0, 28.0], "the lowest is the worst"
+    assert lines_of("precision_scale_spread", run_dir)["weight, worst"] == [4.0, 4.0]
+    text = Page(paths[-1]).text
+    assert "Worst FP8 modules at step 40" in text
+    assert "gradient: underflow1.200% in layers.2.<proj> (median 0.800%)" in text
+    assert "activation: signal-to-noise ratio (dB)28.0 in layers.2.<proj> (median 29.0)" in text
+    assert "MFU40.0% (median)" in text
+    assert "model FLOP/s0.02 TFLOP/s a rank (median)" in text
+
+
+def test_the_loss_scale_is_drawn_with_what_it_cost(tmp_path):
+    (label, scales), *none = lines_of("loss_scale", make_run(tmp_path, fp8_modules=1)).items()
+    assert not none
+    assert label == "2 updates skipped"
+    assert (scales[0], scales[-1]) == (2.0**16, 2.0**14)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"snr_db": math.inf},
+        {"snr_db": math.nan, "underflow": math.nan, "saturation": math.nan},
+        {"amax": math.inf, "non_finite_tiles": 4.0},
+    ],
+)
+def test_tensors_that_broke_are_the_worst(tmp_path, broken):
+    run_dir = make_run(tmp_path, steps=20, fp8_modules=3, precision_health=health(3, 20, **broken))
+    records = read_metrics(run_dir)
+    step, rows = worst_modules(records)
+    assert step == 20
+    worst = {name.partition(": ")[2] for name, text in rows.items() if "layers.0." in text and name[0] == "g"}
+    by_name = {"underflow": "underflow", "saturation": "saturation", "snr_db": "signal-to-noise ratio (dB)"}
+    by_name |= {"amax": "largest magnitude", "non_finite_tiles": "tiles that were not finite"}
+    assert worst >= {by_name[metric] for metric, value in broken.items() if value != math.inf or metric == "amax"}
+    for plot in precision_plots(records):
+        axes_of(plot, run_dir).figure.canvas.draw()
+
+
+def test_a_run_without_fp8_has_no_plots_of_it(tmp_path):
+    records = read_metrics(make_run(tmp_path, steps=20))
+    assert precision_plots(records) == {}
+    assert worst_modules(records) is None
+    unseen = read_metrics(make_run(tmp_path / "none", steps=20, precision_health={"activation": {}, "weight": {}}))
+    assert precision_plots(unseen) == {}
 
 
 @pytest.mark.filterwarnings("error")

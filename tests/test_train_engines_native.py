@@ -7,12 +7,17 @@ import pytest
 import rank_tasks
 import torch
 from tiny_models import SMALL, decoder, labels_of, positions_of, tokens_of
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from octofold.train.build import build_engine
 from octofold.train.config import OptimConfig
 from octofold.train.engines.native import NativeEngine, StepResult
 from octofold.train.loss import summed_cross_entropy, valid_tokens
 from octofold.train.optim.adamw import build_adamw
+from octofold.train.optim.moments import AdamW
+from octofold.train.precision.config import LossScaleConfig
+from octofold.train.precision.loss_scale import LossScaler
 
 OPTIM = OptimConfig(lr=0.01, schedule="constant", warmup_steps=0, clip_norm=0.05)
 MODEL = replace(SMALL, n_routed_experts=6)
@@ -75,6 +80,53 @@ def test_gradients_are_clipped_to_the_bound():
     assert small.grad_norm < OPTIM.clip_norm
 
 
+def sharded_linear(dtype: torch.dtype) -> torch.nn.Module:
+    """A layer of 8 x 8 whose gradients come in `dtype`, as they would from a policy that sums them so."""
+    layer = torch.nn.Linear(8, 8, bias=False, dtype=dtype)
+    torch.nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(0))
+    return fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+
+
+@pytest.mark.usefixtures("world_of_one")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("clip_norm", [0.05, 0.0], ids=["clipped", "unclipped"])
+def test_a_scale_that_is_a_power_of_two_changes_no_bit(dtype, clip_norm):
+    outcomes = []
+    for config in (LossScaleConfig(), LossScaleConfig("static", init=2.0**20)):
+        layer = sharded_linear(dtype)
+        optimizer = AdamW(layer.parameters(), lr=0.01, fused=True)
+        scaler = LossScaler(config)
+        engine = NativeEngine(layer, optimizer, scaler, clip_norm=clip_norm, learning_rate=lambda update: 0.01)
+        results = []
+        for step in range(3):
+            for micro in range(2):
+                generator = torch.Generator().manual_seed(2 * step + micro)
+                loss = layer(torch.randn(4, 8, dtype=dtype, generator=generator)).float().square().mean()
+                engine.backward(loss, last=micro == 1)
+            assert {p.grad.dtype for p in layer.parameters()} == {dtype}
+            results.append(engine.step())
+        outcomes.append((results, rank_tasks.whole(layer.named_parameters())["weight"]))
+    (plain, weight), (scaled, scaled_weight) = outcomes
+    assert torch.equal(weight, scaled_weight)
+    assert [result.loss_scale for result in scaled] == [2.0**20] * 3
+    assert [replace(result, loss_scale=1.0) for result in scaled] == plain
+    assert all(result.grad_norm > 0.05 for result in plain), "the bound binds"
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_an_overflow_shrinks_the_scale_and_updates_are_counted():
+    model = rank_tasks.build(MODEL).model
+    scaling = LossScaleConfig("dynamic", init=8.0, growth_interval=2)
+    engine = build_engine(model, OPTIM, 10, scaling)
+    results = []
+    for step, factor in enumerate([1.0, float("inf"), 1.0, 1.0, 1.0]):
+        rank_tasks.backward(engine, model, tokens_of(MODEL, 4, 9, step), 2, factor)
+        results.append(engine.step())
+    assert [result.loss_scale for result in results] == [8, 8, 4, 4, 8]
+    assert [result.applied for result in results] == [True, False, True, True, True]
+    assert (engine.updates, engine.scaler.overflows) == (4, 1)
+
+
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
 @pytest.mark.parametrize(("n", "expert"), [(1, 1), (2, 1), (2, 2)])
 def test_a_gradient_that_is_not_finite_skips_the_update_everywhere(ranks, n, expert, factor):
@@ -115,7 +167,7 @@ def test_state_survives_tensors_and_restore():
     assert not any(t.any() for name, t in rank_tasks.whole(target.items()).items() if name.startswith("optim."))
     for name, tensor in target.items():
         tensor.copy_(saved[name])
-    resumed.restore(engine.updates)
+    resumed.restore(engine.updates, engine.scaler.state_dict())
     for step in range(2, 4):
         assert advance(engine, first, step) == advance(resumed, second, step)
     after, expected = resumed.tensors(), engine.tensors()

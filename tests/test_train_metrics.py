@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octofold.backends.errors import UserError
-from octofold.train.metrics import MetricsWriter, read_metrics
+from octofold.train.metrics import HEALTH_METRICS, MetricsWriter, read_metrics, worst
 
 
 def open_writer(run_dir: Path, resumed_step: int | None = None, **sinks: bool) -> MetricsWriter:
@@ -25,7 +25,14 @@ def train_record(step: int, **fields: object) -> dict:
     load = {"1": [0.25, 0.75], "2": [0.5, 0.5]}
     balance = {"imbalance": {"1": 1.5, "2": 1.0}, "load_entropy": {"1": 0.81, "2": 1.0}}
     record = {"kind": "train", "step": step, "loss": 5.0 / step, "mtp_losses": [6.0, 7.0], "z_loss": 2.5}
-    return {**record, "lr": 1e-3, "balance": balance, "expert_load": load, **fields}
+    modules = {"a.q_proj": health(0.25, 30.0), "a.o_proj": health(0.5, 31.0)}
+    precision = {"activation": modules, "weight": {}}
+    return {**record, "lr": 1e-3, "precision_health": precision, "balance": balance, "expert_load": load, **fields}
+
+
+def health(underflow: float, snr_db: float) -> dict[str, float]:
+    """Of one module."""
+    return dict.fromkeys(HEALTH_METRICS, 0.0) | {"underflow": underflow, "snr_db": snr_db}
 
 
 FINAL = {
@@ -185,9 +192,24 @@ def test_tensorboard_files_hold_the_curves_and_a_resume_does_not_double_back(tmp
     assert events.Scalars("load_entropy/layer_2")[0].value == 1.0
     assert events.Scalars("train/mtp_loss_2")[0].value == 7.0
     assert events.Scalars("train/z_loss")[0].value == 2.5
-    assert not [name for name in events.Tags()["scalars"] if name.startswith(("train/balance", "train/expert_load"))]
+    assert events.Scalars("activation_underflow/a.o_proj")[0].value == 0.5
+    assert events.Scalars("activation_snr_db/a.q_proj")[0].value == 30.0
+    assert events.Scalars("precision/activation_underflow_worst")[0].value == 0.5
+    assert events.Scalars("precision/activation_snr_db_worst")[0].value == 30.0
+    nested = ("train/balance", "train/expert_load", "train/precision")
+    assert not [name for name in events.Tags()["scalars"] if name.startswith(nested)]
     assert events.Scalars("final/baselines/trigram")[0].value == pytest.approx(1.85)
     assert "final/sample/text_summary" in events.Tags()["tensors"]
+
+
+def test_the_worst_of_some_modules():
+    modules = {"a": health(0.1, 30.0), "b": health(0.2, 20.0), "c": health(0.0, math.inf)}
+    assert worst("underflow", modules) == ("b", 0.2)
+    assert worst("snr_db", modules) == ("b", 20.0)
+    assert worst("amax", modules) == ("a", 0.0)
+    name, value = worst("snr_db", {**modules, "d": health(math.nan, math.nan), "e": health(0.9, -math.inf)})
+    assert name == "d"
+    assert math.isnan(value)
 
 
 WITH_WANDB = """
@@ -197,10 +219,15 @@ from octofold.train.metrics import MetricsWriter
 writer = MetricsWriter(Path(sys.argv[1]), run_name="test", config={"train": {"steps": 3}}, wandb=True,
                        tensorboard=False, resumed_step=None)
 writer.log({"kind": "train", "step": 1, "loss": 1.5, "mtp_losses": [2.5], "balance": {"load_entropy": {"1": 1.0}},
-            "expert_load": {"1": [0.5, 0.5]}})
+            "expert_load": {"1": [0.5, 0.5]}, "precision_health": {"gradient": {"a.q_proj": {
+            "underflow": 0.5, "saturation": 0.0, "amax": 1.0, "scale_spread": 0.0, "snr_db": 30.0,
+            "non_finite_tiles": 0.0}}}})
 writer.log({"kind": "final", "step": 1, "sample": "def f"})
 writer.close()
 """
+
+
+WANDB_NAMES = (b"train/loss", b"train/mtp_loss_1", b"load_entropy/layer_1", b"gradient_underflow/a.q_proj")
 
 
 def test_wandb_is_offline_where_nobody_is_logged_in(tmp_path):
@@ -212,7 +239,7 @@ def test_wandb_is_offline_where_nobody_is_logged_in(tmp_path):
     assert done.returncode == 0, done.stderr.decode()
     (offline,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     written = next(offline.glob("*.wandb")).read_bytes()
-    assert all(name in written for name in (b"train/loss", b"train/mtp_loss_1", b"load_entropy/layer_1"))
+    assert all(name in written for name in WANDB_NAMES)
     assert len(read_metrics(tmp_path / "run")) == 2
 
 

@@ -15,6 +15,7 @@ from octofold.parallel.mesh import Meshes, build_meshes
 from octofold.train.config import OptimConfig, RunConfig, TrainConfig
 from octofold.train.data.build import Data
 from octofold.train.engines.native import NativeEngine
+from octofold.train.flops import Utilisation, flops_a_token, known_peaks
 from octofold.train.memory import MemoryNeed, ParameterCount, count_parameters, memory_need, readable, require_memory
 from octofold.train.models.config import ModelConfig
 from octofold.train.models.decoder import Decoder
@@ -22,8 +23,21 @@ from octofold.train.models.init import initialise
 from octofold.train.models.registry import load_architecture
 from octofold.train.optim.adamw import build_adamw
 from octofold.train.optim.schedule import learning_rate
+from octofold.train.precision.apply import (
+    apply_precision,
+    apply_transport,
+    forget_weights,
+    fp8_states,
+    kept_copies,
+    reset_states,
+    slots,
+)
+from octofold.train.precision.config import FP8, LossScaleConfig, PrecisionConfig
+from octofold.train.precision.loss_scale import LossScaler
+from octofold.train.precision.policy import plan_rows, recipe_for, require_arithmetic
 
-COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+COMPUTE_DTYPES = {"fp32": torch.float32, "fp64": torch.float64, **dict.fromkeys(["bf16", *FP8], torch.bfloat16)}
+"""By precision: what weights are gathered in, and all that is not in FP8 is computed in."""
 VOCABULARY_MULTIPLE = 64
 
 
@@ -65,17 +79,46 @@ def draft_model(config: RunConfig, device: torch.device, tokenizer_size: int, *,
     shape = model_config(config.model, tokenizer_size)
     compute_dtype = COMPUTE_DTYPES[config.precision.name]
     master_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
-    workload = Workload(device.type, compute_dtype, (shape.hidden_size, shape.moe_intermediate_size))
+    workload = kernel_workload(config.precision, shape, device, compute_dtype)
     kernels, choices = choose(config.kernels, workload)
     with torch.device("meta"):
         model = load_architecture(shape.architecture)(shape, kernels).to(master_dtype)
+        apply_precision(model, config.precision, kernels)
     plan = model.plan()
     count = count_parameters(model, plan, shape.num_experts_per_tok / shape.n_routed_experts)
     meshes = build_meshes(config.parallel, device.type)
     apply_plan(model, plan, meshes, compute_dtype=compute_dtype, master_dtype=master_dtype)
+    apply_transport(model, config.precision)
     accumulates = micro_batches(config.train, config.parallel) > 1
-    need = memory_need(model, plan, compute_dtype, training=training, accumulates=accumulates)
+    moments = config.optim.moments if training else None
+    need = memory_need(
+        model,
+        plan,
+        compute_dtype,
+        moments=moments,
+        accumulates=accumulates,
+        kept_copies=kept_copies(model, device),
+    )
     return BuiltModel(model, meshes, choices, count, need)
+
+
+def kernel_workload(
+    precision: PrecisionConfig, shape: ModelConfig, device: torch.device, compute_dtype: torch.dtype
+) -> Workload:
+    """What the providers will be asked to do."""
+    recipes = []
+    if precision.is_fp8:
+        stand_ins = ["*", *(override.match for override in precision.overrides)]
+        recipes = [recipe for name in stand_ins if (recipe := recipe_for(precision, name)) is not None]
+    formats = dict.fromkeys(format for recipe in recipes for format in recipe.formats)
+    return Workload(
+        device.type,
+        compute_dtype,
+        (shape.hidden_size, shape.moe_intermediate_size),
+        formats=tuple(formats),
+        accumulation="hopper" if any(recipe.accumulation == "hopper" for recipe in recipes) else "fp32",
+        emulated=precision.arithmetic != "native",
+    )
 
 
 def materialise(drafted: BuiltModel, device: torch.device, *, seed: int) -> None:
@@ -84,6 +127,7 @@ def materialise(drafted: BuiltModel, device: torch.device, *, seed: int) -> None
     model.to_empty(device=device)
     for gate in model.gates().values():
         gate.reset_balance()
+    reset_states(model)
     initialise(model, seed=seed, std=model.config.initializer_range, stacked=model.plan().experts)
 
 
@@ -103,6 +147,7 @@ def draft_fitting(
         ConfigError: see `require_memory`.
     """
     device = backend.device(info.local_rank)
+    require_arithmetic(config.precision, backend.capabilities(info.local_rank))
     built = draft_model(config, device, tokenizer_size, training=training)
     require_memory(
         config.model.name,
@@ -128,13 +173,33 @@ def rank_memory_bytes(backend: Backend, info: RankInfo) -> int:
     return backend.capabilities(info.local_rank).memory_bytes // shared
 
 
-def build_engine(model: Decoder, optim: OptimConfig, total_updates: int) -> NativeEngine:
-    """The engine with its optimiser and schedule."""
+def build_engine(
+    model: Decoder, optim: OptimConfig, total_updates: int, loss_scale: LossScaleConfig | None = None
+) -> NativeEngine:
+    """The engine with its optimiser, schedule and loss scale (None: no scaling)."""
+    optimizer = build_adamw(model, optim)
+    optimizer.register_step_post_hook(lambda *_: forget_weights(model))
     return NativeEngine(
         model,
-        build_adamw(model, optim),
+        optimizer,
+        LossScaler(loss_scale or LossScaleConfig()),
         clip_norm=optim.clip_norm,
         learning_rate=lambda update: learning_rate(optim, update, total_updates),
+    )
+
+
+def build_utilisation(config: RunConfig, built: BuiltModel, backend: Backend, info: RankInfo) -> Utilisation:
+    """A rank's share of a step's operations, and the peaks of its device."""
+    # Emulated and stored FP8 is multiplied in BF16.
+    native = config.precision.arithmetic == "native"
+    fp8 = set(fp8_states(built.model)) if native else set()
+    plain = "bf16" if config.precision.name in FP8 else config.precision.name
+    length = config.data.sequence_length
+    tokens = config.train.global_batch_size * length / info.world_size
+    said = {"bf16": config.backend.peak_tflops_bf16, "fp8": config.backend.peak_tflops_fp8}
+    return Utilisation(
+        {k: tokens * flops for k, flops in flops_a_token(built.model.config, length, fp8.__contains__, plain).items()},
+        known_peaks(backend.capabilities(info.local_rank).peak_flops, said),
     )
 
 
@@ -151,8 +216,10 @@ def startup_sections(
     capabilities = backend.capabilities(info.local_rank)
     accumulation = micro_batches(train, degrees)
     tokens = train.global_batch_size * config.data.sequence_length
+    compute_dtype = COMPUTE_DTYPES[config.precision.name]
     bf16 = "native" if capabilities.bf16 else "emulated by the library: slow"
-    arithmetic = f" (products on this device: {bf16})" if config.precision.name == "bf16" else ""
+    arithmetic = f" (BF16 products on this device: {bf16})" if compute_dtype == torch.bfloat16 else ""
+    modules = [name for name, _, _ in slots(built.model)]
     kernels: dict[str, object] = {}
     for choice in built.choices:
         reasons = "".join(f"; not {name}: {reason}" for name, reason in choice.rejected.items())
@@ -178,11 +245,14 @@ def startup_sections(
             "device": capabilities.device_name,
             "memory of a rank": readable(rank_memory_bytes(backend, info)),
             "weights, gradients, moments": readable(built.need.state_bytes),
-            "gathered layers": f"{readable(built.need.gathered_bytes)}, gradients included (activations not counted)",
+            "gathered layers": f"{readable(built.need.gathered_bytes)}, gradients included (activations not counted)"
+            + (f", {readable(built.need.kept_bytes)} of it weights kept in FP8" if built.need.kept_bytes else ""),
         },
         "precision": {
             "compute": config.precision.name + arithmetic,
-            "master weights, gradients, moments": "fp64" if config.precision.name == "fp64" else "fp32",
+            "master weights, gradients": "FP64" if config.precision.name == "fp64" else "FP32",
+            "moments": "FP64" if config.precision.name == "fp64" else config.optim.moments.upper(),
+            **plan_rows(config.precision, modules, compute_dtype=compute_dtype, sends=degrees.expert > 1),
         },
         "kernels": kernels,
         "batch": {

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from octofold.backends.config import BackendConfig
+from octofold.backends.config import check as check_backend
 from octofold.backends.errors import ConfigError, check_finite, unknown_name_error
 from octofold.kernels.config import KernelsConfig
 from octofold.parallel.config import ParallelConfig, resolve
@@ -14,6 +15,8 @@ from octofold.train.precision.config import PrecisionConfig
 from octofold.train.precision.config import check as check_precision
 
 SCHEDULES = ["cosine", "wsd", "constant"]
+MOMENT_BITS = {"fp32": (24, 24), "bf16": (8, 8), "fp8": (4, 8)}
+"""Significant bits of the two moments."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,9 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     moments: str = "fp32"
-    """What AdamW's two moments are kept in: fp32; bf16 (DeepSeek-V3); fp8 (tiles of 128 with a scale each). The update
-    is computed in FP32."""
+    """What AdamW's two moments are kept in: fp32 (fp64 under precision=fp64); bf16 (DeepSeek-V3); fp8 (the first in
+    tiles of 128 with a scale each, the second in BF16); auto: bf16 where linear layers are in FP8, else fp32. Updates
+    are computed in FP32."""
     no_decay: list[str] = field(default_factory=lambda: ["*norm*", "embed_tokens.*"])
     """Names of parameters without weight decay, with * and ?. A tied head is the embedding: embed_tokens.weight."""
     clip_norm: float = 1.0
@@ -114,11 +118,16 @@ def validate(config: RunConfig, world_size: int) -> RunConfig:
     check_model(config.model)
     check_data(config.data)
     check_precision(config.precision)
+    check_backend(config.backend)
     if config.engine.name != "native":
         raise unknown_name_error("engine.name", config.engine.name, ["native"])
     config = replace(config, parallel=resolve(config.parallel, world_size))
     _check_counts(config)
     _check_optim(config.optim)
+    if config.optim.moments == "auto":
+        moments = "bf16" if config.precision.is_fp8 else "fp32"
+        config = replace(config, optim=replace(config.optim, moments=moments))
+    _check_moments(config.optim, config.precision)
     _check_batch(config.train, config.parallel)
     _check_experts(config)
     _check_length(config)
@@ -134,6 +143,20 @@ def _check_optim(optim: OptimConfig) -> None:
         value = getattr(optim, name)
         if not 0 <= value <= 1 or (name.startswith("beta") and value == 1):
             raise ConfigError(f"optim.{name}", value, "must lie between 0 and 1", f"optim.{name}=0.9")
+
+
+def _check_moments(optim: OptimConfig, precision: PrecisionConfig) -> None:
+    if optim.moments not in MOMENT_BITS:
+        raise unknown_name_error("optim.moments", optim.moments, ["auto", *MOMENT_BITS])
+    if optim.moments != "fp32" and precision.name == "fp64":
+        shown = f"optim.moments={optim.moments} precision.name=fp64"
+        rule = "under fp64 everything of the optimiser is FP64"
+        raise ConfigError("optim.moments", shown, rule, "optim.moments=fp32, or precision=bf16")
+    for name, bits in zip(("beta1", "beta2"), MOMENT_BITS[optim.moments], strict=True):
+        if 1 - getattr(optim, name) < 2.0**-bits:
+            shown = f"optim.moments={optim.moments} optim.{name}={getattr(optim, name)}"
+            rule = f"a moment of {bits} significant bits is rounded back where an update takes less than 1/{2**bits}"
+            raise ConfigError(f"optim.{name}", shown, rule, f"optim.{name}={1 - 2.0**-bits:g} or less, or moments=fp32")
 
 
 def _check_counts(config: RunConfig) -> None:
@@ -155,7 +178,6 @@ def _check_counts(config: RunConfig) -> None:
         value = getattr(getattr(config, group), name)
         if value < least:
             raise ConfigError(key, value, f"must be at least {least}", f"{key}={least} or more")
-    check_finite("backend.timeout_s", config.backend.timeout_s, least=1.0)
 
 
 def _check_batch(train: TrainConfig, parallel: ParallelConfig) -> None:

@@ -158,6 +158,7 @@ class RunProgress:
             "grad_norm": ("grad norm {}", ".2f"),
             "imbalance": ("imbalance {}", ".2f"),
             "tokens_per_s": ("{} tokens/s", ",.0f"),
+            "mfu": ("MFU {}", ".1%"),
         }
         fields = [text.format(_number(record[name], form)) for name, (text, form) in forms.items() if name in record]
         self._show(step, fields, _duration(self._left_s()))

@@ -8,12 +8,21 @@ import torch
 from octofold.backends.base import Backend
 from octofold.backends.process_group import RankInfo, joined
 from octofold.backends.registry import resolve
-from octofold.train.build import build_engine, draft_fitting, materialise, model_config, startup_sections
+from octofold.train.build import (
+    build_engine,
+    build_utilisation,
+    draft_fitting,
+    materialise,
+    model_config,
+    startup_sections,
+)
 from octofold.train.checkpoint.manager import Checkpointer, find
 from octofold.train.config import RunConfig
 from octofold.train.console import Console
 from octofold.train.data.build import build_data
 from octofold.train.metrics import MetricsWriter
+from octofold.train.precision.apply import fp8_states
+from octofold.train.precision.watch import Watch
 from octofold.train.stop import StopSignals
 from octofold.train.trainer import Trainer
 
@@ -76,7 +85,7 @@ def build_trainer(config: RunConfig, run_dir: Path, backend: Backend, info: Rank
     trainer = Trainer(
         config,
         model=built.model,
-        engine=build_engine(built.model, config.optim, config.train.steps),
+        engine=build_engine(built.model, config.optim, config.train.steps, config.precision.loss_scale),
         data=data,
         loader=data.loader(
             global_batch_size=config.train.global_batch_size,
@@ -85,6 +94,8 @@ def build_trainer(config: RunConfig, run_dir: Path, backend: Backend, info: Rank
             data_ranks=config.parallel.data,
         ),
         checkpointer=Checkpointer(run_dir, config.checkpoint, device),
+        watch=Watch(fp8_states(built.model), config.precision.watch_every, device),
+        utilisation=build_utilisation(config, built, backend, info),
         console=console,
         metrics=None,
         rank=info.rank,

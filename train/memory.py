@@ -3,6 +3,7 @@
 Activations are not counted: what they need depends on kernels and allocator.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from octofold.backends.collectives import all_reduce_sum
 from octofold.backends.errors import ConfigError
 from octofold.parallel.plan import ParallelPlan
+from octofold.train.optim.moments import moments_bytes
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,16 @@ class MemoryNeed:
     """Bytes that a rank must hold."""
 
     state_bytes: int
-    """This rank's shards: master weights and, in training, their gradients and two moments."""
+    """This rank's shards: master weights and, in training, their gradients and moments."""
     gathered_bytes: int
     """What is whole for a while: embedding, head and two layers (one computes, the next arrives) in the compute dtype,
-    and their gradients; where micro-batches accumulate, the gradients of the whole model in the master dtype."""
+    and their gradients; where micro-batches accumulate, the gradients of the whole model in the master dtype; and the
+    weights that are kept in FP8."""
     expert_bytes: int
     """Of `gathered_bytes` the experts, which a larger parallel.expert splits further."""
     accumulates: bool
+    kept_bytes: int = 0
+    """Of `gathered_bytes` the weights that are kept in FP8 until the next update."""
 
     @property
     def total_bytes(self) -> int:
@@ -59,38 +64,50 @@ def count_parameters(model: nn.Module, plan: ParallelPlan, active_share: float) 
 
 
 def memory_need(
-    model: nn.Module, plan: ParallelPlan, compute_dtype: torch.dtype, *, training: bool, accumulates: bool
+    model: nn.Module,
+    plan: ParallelPlan,
+    compute_dtype: torch.dtype,
+    *,
+    moments: str | None,
+    accumulates: bool,
+    kept_copies: Mapping[str, int] | None = None,
 ) -> MemoryNeed:
     """The need of a model that `apply_plan` has split (meta device).
 
     Args:
-        training: gradients and moments are held too.
+        moments: what they are kept in (`optim.moments`), beside gradients; None: not for training.
         accumulates: over several micro-batches, during which no gradient is reduced (`NativeEngine.backward`).
+        kept_copies: parameters of which a rank keeps quantised copies of one byte a number, and how many.
     """
-    held = 4 if training else 1  # weight, gradient, two moments
     state_bytes, master_bytes = 0, 4
     dense = dict.fromkeys([*plan.blocks, ""], 0)
-    experts = dict(dense)
+    experts, kept = dict(dense), {True: 0, False: 0}
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         master_bytes = parameter.element_size()
-        state_bytes += parameter.to_local().numel() * master_bytes * held
+        numel = parameter.to_local().numel()
+        state_bytes += numel * master_bytes
+        if moments is not None:
+            state_bytes += numel * master_bytes + moments_bytes(numel, moments, master_bytes)
         block = next((b for b in plan.blocks if name.startswith(f"{b}.")), "")
-        kind = experts if name.rpartition(".")[0] in plan.experts else dense
-        kind[block] += _gathered_numel(parameter)
+        of_experts = name.rpartition(".")[0] in plan.experts
+        (experts if of_experts else dense)[block] += _gathered_numel(parameter)
+        kept[of_experts] += _gathered_numel(parameter) * (kept_copies or {}).get(name, 0)
     largest = max(plan.blocks, key=lambda b: dense[b] + experts[b])
 
     def gathered(numel: dict[str, int]) -> int:
         root, layer = numel[""], numel[largest]
         weights = (root + 2 * layer) * compute_dtype.itemsize
-        if not training:
+        if moments is None:
             return weights
         if accumulates:
             return weights + sum(numel.values()) * master_bytes + layer * compute_dtype.itemsize
         # As computed, and once more in the master dtype on the way to the ranks that own it.
         return weights + (root + layer) * (compute_dtype.itemsize + master_bytes)
 
-    return MemoryNeed(state_bytes, gathered(dense) + gathered(experts), gathered(experts), accumulates)
+    expert_bytes, kept_bytes = gathered(experts) + kept[True], sum(kept.values())
+    gathered_bytes = gathered(dense) + kept[False] + expert_bytes
+    return MemoryNeed(state_bytes, gathered_bytes, expert_bytes, accumulates, kept_bytes)
 
 
 def _gathered_numel(parameter: DTensor) -> int:
@@ -140,6 +157,8 @@ def require_memory(
     more = ranks_needed(need, memory_bytes=memory_bytes, ranks=ranks, expert=expert, experts=experts)
     if need.accumulates:
         more += "; a train.global_batch_size without accumulation takes less"
+    if need.kept_bytes:
+        more += f"; precision.keep_weights=false takes {readable(need.kept_bytes)} less and more time"
     raise ConfigError("model", shown, rule, f"{more}; or a smaller model, such as model=deepseek_v3_tiny")
 
 

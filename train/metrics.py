@@ -3,14 +3,30 @@
 A record is a flat dict with `kind` and `step`; its fields by kind (losses in nats):
 
     train       loss, mtp_losses, sequence_loss, expert_loss, device_loss, communication_loss, z_loss, lr, grad_norm,
-                applied, tokens, tokens_per_s, step_s, time_s, imbalance, unused_experts, balance, expert_load
+                applied, loss_scale, overflows, tokens, tokens_per_s, step_s, time_s, model_tflops, mfu,
+                precision_health, sent_bytes, imbalance, unused_experts, balance, expert_load
     validation  loss, loss_per_byte, tokens
     final       validation_loss, validation_loss_per_byte, baselines (nats/byte by name), sample, train_s
 
 Fields of `train` that need a word:
 
     mtp_losses      cross-entropy of each depth of multi-token prediction, unweighted; absent without depths
+    loss_scale      what the loss of this step was multiplied by; grad_norm is that of the true gradients
+    overflows       updates skipped so far because a gradient was not finite somewhere
     *_loss          balance losses that have a weight: unweighted means over sequences and layers with experts
+    model_tflops    products of the model, TFLOP/s a rank (`octofold.train.flops` says what counts)
+    mfu             time that an ideal device needs for those ÷ time taken; where the device's peaks are known
+    precision_health
+                    of tensors quantised to FP8, at the last sampled step since the record before; absent if there is
+                    none. Dict from kind (activation, weight, gradient) to dict from module to the metrics
+        underflow           share of the elements that are not zero and became zero
+        saturation          share of the elements beyond the largest that their scale can express, and so clipped
+        amax                largest magnitude; inf where some element was not finite
+        scale_spread        log2 of the largest scale ÷ the smallest, over tiles that are not all zero
+        snr_db              10 log10 of Σ x² ÷ Σ (x − quantised x)²; inf where nothing was rounded
+        non_finite_tiles    tiles that hold NaN or an infinity; their elements count nowhere else
+    sent_bytes      that all ranks sent to other ranks' experts in a step: dict of dispatch and combine_gradient (to
+                    the experts), combine and dispatch_gradient (back); absent where every rank has all experts
     imbalance       busiest expert's load ÷ mean load in the layer where it is largest
     unused_experts  experts that no token chose, counted over all layers
     balance         dict of `imbalance`, `unused_share` and `load_entropy`, each a dict from layer to number
@@ -27,13 +43,15 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from octofold.backends.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
+HEALTH_METRICS = ("underflow", "saturation", "amax", "scale_spread", "snr_db", "non_finite_tiles")
+"""Of each module in `precision_health`."""
 _TRACK_REMEDY = "pip install 'octofold[track]'"
 _log = logging.getLogger(__name__)
 
@@ -127,6 +145,21 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return records
 
 
+def worst(metric: str, of_modules: Mapping[str, Mapping[str, float]]) -> tuple[str, float]:
+    """The module with the worst value of a metric of `precision_health`, and the value; NaN is worse than any.
+
+    Args:
+        of_modules: module -> metrics, of one kind of tensor; at least one.
+    """
+
+    def badness(module: str) -> float:
+        value = of_modules[module][metric]
+        return math.inf if math.isnan(value) else -value if metric == "snr_db" else value
+
+    module = max(of_modules, key=badness)
+    return module, of_modules[module][metric]
+
+
 def _encode(record: dict[str, Any]) -> str:
     non_finite = {"/".join(path): str(value) for path, value in _leaves(record) if _is_non_finite(value)}
     if non_finite:
@@ -195,18 +228,24 @@ def _keep_until(run_dir: Path, step: int) -> None:
 
 
 def _flatten(record: dict[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
-    """A record's numbers and texts named `kind/field`, and how evenly each layer's experts are used as `name/layer_N`.
+    """A record's numbers and texts named `kind/field`, how evenly each layer's experts are used as `name/layer_N`, and
+    the health of FP8 tensors as `tensor_metric/module`, the worst module's as `precision/tensor_metric_worst`.
 
     The experts' single loads stay in the file: a large model has tens of thousands.
     """
     scalars: dict[str, float] = {}
     texts: dict[str, str] = {}
     kind = record["kind"]
+    for kind_of_tensor, of_modules in record.get("precision_health", {}).items():
+        for module, metrics in of_modules.items():
+            scalars |= {f"{kind_of_tensor}_{metric}/{module}": value for metric, value in metrics.items()}
+        for metric in HEALTH_METRICS if of_modules else ():
+            scalars[f"precision/{kind_of_tensor}_{metric}_worst"] = worst(metric, of_modules)[1]
     for name, of_layers in record.get("balance", {}).items():
         scalars |= {f"{name}/layer_{layer}": value for layer, value in of_layers.items()}
     for depth, loss in enumerate(record.get("mtp_losses", []), start=1):
         scalars[f"{kind}/mtp_loss_{depth}"] = loss
-    nested = ("balance", "mtp_losses", "expert_load")
+    nested = ("precision_health", "balance", "mtp_losses", "expert_load")
     rest = {key: value for key, value in record.items() if key not in ("kind", "step", *nested)}
     for path, value in _leaves(rest):
         name = "/".join((kind, *path))

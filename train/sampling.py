@@ -141,6 +141,9 @@ def sample(
     with joined(backend, config.backend, info):
         device = backend.device(0)
         alone = replace(config, parallel=resolve_degrees(ParallelConfig(), 1))
+        if config.precision.is_fp8 and not backend.capabilities(0).fp8:
+            # The numbers that the model was trained in, whatever computes them.
+            alone = replace(alone, precision=replace(config.precision, arithmetic="emulate"))
         built = draft_fitting(alone, backend, info, tokenizer.vocab_size, training=False)
         materialise(built, device, seed=config.train.seed)
         model = built.model

@@ -1,5 +1,6 @@
 """The loop: fetch a global batch, forward and backward, step, balance, report, evaluate, save."""
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 from octofold.backends.collectives import all_reduce_sum
 from octofold.backends.errors import UserError
 from octofold.parallel.balance import gather_loads, load_metrics, update_biases
+from octofold.parallel.transport import PURPOSES
 from octofold.train.checkpoint.manager import Checkpointer
 from octofold.train.config import RunConfig
 from octofold.train.console import Console, RunProgress
@@ -21,16 +23,21 @@ from octofold.train.data.ngram import ngram_baselines
 from octofold.train.data.stream import StreamLoader
 from octofold.train.engines.native import NativeEngine, StepResult
 from octofold.train.evaluate import evaluate
+from octofold.train.flops import Utilisation
 from octofold.train.loss import summed_cross_entropy, valid_tokens
 from octofold.train.metrics import MetricsWriter
 from octofold.train.models.balance import LOSSES
 from octofold.train.models.decoder import Decoder
 from octofold.train.models.gate import take_loss_sums
+from octofold.train.precision.apply import forget_weights, roll_histories, take_sent_bytes
+from octofold.train.precision.watch import Health, Watch
 from octofold.train.sampling import generate
 from octofold.train.stop import StopSignals
 
 MAX_SKIPPED_IN_ROW = 20
-"""Updates skipped one after the other before a run stops."""
+"""Updates skipped one after the other before a run stops. Not counted is one that a smaller loss scale may cure: its
+losses are finite and the scale is above its least. So broken weights, whose losses are not finite, end a run after as
+many steps at any scale, while a scale that is far too large has the time that it takes to shrink."""
 
 
 @dataclass
@@ -65,6 +72,8 @@ class Trainer:
         data: Data,
         loader: Loader | StreamLoader,
         checkpointer: Checkpointer,
+        watch: Watch,
+        utilisation: Utilisation,
         console: Console,
         metrics: MetricsWriter | None,
         rank: int,
@@ -72,6 +81,7 @@ class Trainer:
     ) -> None:
         """`metrics` is for rank 0 alone; `rank` is also the data rank."""
         self.config, self.model, self.engine, self.data, self.loader = config, model, engine, data, loader
+        self.watch, self.utilisation = watch, utilisation
         self.checkpointer, self.console, self.metrics = checkpointer, console, metrics
         self.rank, self.device = rank, device
         self.gates = model.gates()
@@ -79,6 +89,7 @@ class Trainer:
         self.saved_step: int | None = None
         self.last_checkpoint: Path | None = None
         self._skipped_in_row = 0
+        self._health: Health | None = None
         self._started_s = time.monotonic()
         self._begin_interval()
 
@@ -107,17 +118,23 @@ class Trainer:
         counted_J = torch.tensor([[valid_tokens(labels) for labels in labels_J] for labels_J in labels_NJ]).sum(0)
         tokens_J = all_reduce_sum(counted_J.to(self.device))
         schedule = self._schedule()
+        self.watch.begin(self.progress.step + 1)
         shares_J = self._accumulate(batches, tokens_J, schedule)
+        self._health = self.watch.collect() or self._health
         result = self.engine.step()
+        roll_histories(self.model)
         loads_GE = self._balance(result, schedule)
         self.progress.step += 1
         self.progress.tokens_seen += int(tokens_J[0])
         balance_sums = take_loss_sums(list(self.gates.values())).to(shares_J)
         wish = shares_J.new_tensor([stop.received is not None])
-        ended = all_reduce_sum(torch.cat([shares_J, balance_sums, wish])).tolist()
-        losses = self._losses(ended[: len(shares_J)], ended[len(shares_J) : -1])
+        sent = take_sent_bytes(self.model).to(shares_J)
+        ended = all_reduce_sum(torch.cat([shares_J, balance_sums, wish, sent]))
+        summed_J, summed_balance, wishes, sent = ended.split([len(shares_J), len(balance_sums), 1, len(sent)])
+        self._interval_sent_bytes += sent.cpu()
+        losses = self._losses(summed_J.tolist(), summed_balance.tolist())
         self._report(bar, losses, result, loads_GE, int(tokens_J[0]))
-        return ended[-1] == 0
+        return not wishes.any()
 
     def _targets(self, batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(tokens, labels) of the model, then of each depth of multi-token prediction."""
@@ -135,10 +152,11 @@ class Trainer:
 
     def _accumulate(self, batches: list[Batch], tokens_J: torch.Tensor, schedule: Schedule) -> torch.Tensor:
         """Gradients of this rank's share of the global mean losses; returns those shares, FP64 [J]."""
+        take_sent_bytes(self.model)  # an evaluation's do not count
         shares_J = torch.zeros(len(tokens_J), dtype=torch.float64, device=self.device)
         depths = len(tokens_J) - 1
         for gate in self.gates.values():
-            gate.loss_scale.fill_(1 / self.config.train.global_batch_size)
+            gate.loss_scale.fill_(self.engine.scaler.scale / self.config.train.global_batch_size)
         for number, batch in enumerate(batches, start=1):
             batch = batch.to(self.device)
             documents = batch.doc_ids_BS if self.config.data.mask_documents else None
@@ -183,16 +201,7 @@ class Trainer:
         tokens: int,
     ) -> None:
         step, train = self.progress.step, self.config.train
-        self._skipped_in_row = 0 if result.applied else self._skipped_in_row + 1
-        if self._skipped_in_row == MAX_SKIPPED_IN_ROW:
-            # Every rank sees the same norm, so all stop here; the good checkpoints are not retired by broken ones.
-            raise UserError(
-                f"step {step}: the gradient norm was not finite {MAX_SKIPPED_IN_ROW} times in a row\n"
-                "  rule:   a batch may be skipped; a run that only skips has broken weights\n"
-                f"  remedy: resume from an earlier checkpoint (last: {self.last_checkpoint}) with a lower optim.lr"
-            )
-        if not result.applied:
-            self.console.warn(f"step {step}: gradient norm is {result.grad_norm}; the update was skipped on every rank")
+        self._count_skipped(losses, result)
         self._interval_tokens += tokens
         self._interval_steps += 1
         if step % train.log_every and step != train.steps and result.applied:
@@ -206,19 +215,54 @@ class Trainer:
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             "applied": result.applied,
+            "loss_scale": result.loss_scale,
+            "overflows": self.engine.scaler.overflows,
             "tokens": self.progress.tokens_seen,
             "tokens_per_s": self._interval_tokens / elapsed_s,
             "step_s": elapsed_s / self._interval_steps,
             "time_s": now_s - self._started_s,
+            **self._sent_metrics(),
+            **self.utilisation.metrics(elapsed_s / self._interval_steps),
+            **({"precision_health": self._health} if self._health is not None else {}),
             **(self._load_metrics(loads_GE) if loads_GE is not None else {}),
         }
+        self._health = None
         self._begin_interval()
         self.log(record)
         bar.update(record)
 
+    def _count_skipped(self, losses: dict[str, Any], result: StepResult) -> None:
+        """Warn of a skipped update; stop a run that does nothing else."""
+        step, scaler = self.progress.step, self.engine.scaler
+        if result.applied:
+            self._skipped_in_row = 0
+            return
+        total = sum(value if isinstance(value, float) else sum(value) for value in losses.values())
+        if result.loss_scale <= scaler.floor or not math.isfinite(total):
+            self._skipped_in_row += 1
+        if self._skipped_in_row == MAX_SKIPPED_IN_ROW:
+            # Every rank sees the same norm, so all stop here; the good checkpoints are not retired by broken ones.
+            lower = "optim.lr or precision.loss_scale.init" if result.loss_scale > 1 else "optim.lr"
+            raise UserError(
+                f"step {step}: the gradient norm was not finite {MAX_SKIPPED_IN_ROW} times in a row\n"
+                "  rule:   a batch may be skipped; a run that only skips has broken weights\n"
+                f"  remedy: resume from an earlier checkpoint (last: {self.last_checkpoint}) with a lower {lower}"
+            )
+        shrunk = f"; the loss scale is now {scaler.scale:g}" if scaler.scale != result.loss_scale else ""
+        skipped = "the update was skipped on every rank"
+        self.console.warn(f"step {step}: gradient norm is {result.grad_norm}; {skipped}{shrunk}")
+
     def _begin_interval(self) -> None:
         """Start counting what the next report is averaged over."""
         self._interval_s, self._interval_tokens, self._interval_steps = time.monotonic(), 0, 0
+        self._interval_sent_bytes = torch.zeros(len(PURPOSES), dtype=torch.float64)
+
+    def _sent_metrics(self) -> dict[str, Any]:
+        """Bytes a step that all ranks sent to other ranks' experts, where experts stand on several ranks."""
+        if self.config.parallel.expert == 1:
+            return {}
+        a_step = (self._interval_sent_bytes / self._interval_steps).tolist()
+        return {"sent_bytes": dict(zip(PURPOSES, a_step, strict=True))}
 
     def _load_metrics(self, loads_GE: torch.Tensor) -> dict[str, Any]:
         """The loads as the metrics name them: of the worst layer, of all layers, and layer by layer."""
@@ -299,6 +343,7 @@ class Trainer:
         state: dict[str, Any] = {
             "step": self.progress.step,
             "updates": self.engine.updates,
+            "loss_scale": self.engine.scaler.state_dict(),
             "loader": self.loader.state_dict(),
             "tokens_seen": self.progress.tokens_seen,
             **self.progress.origin,
@@ -312,7 +357,8 @@ class Trainer:
         state = self.checkpointer.load(folder, self.engine.tensors())
         origin: dict[str, Any] = {k: v for k, v in state.items() if k in ("imported_from", "scale_fmt", "block")}
         self.progress = Progress(state["step"], state["tokens_seen"], origin)
-        self.engine.restore(state["updates"])
+        self.engine.restore(state["updates"], state.get("loss_scale"))
+        forget_weights(self.model)
         if not state.get("weights_only"):
             self.loader.load_state_dict(state["loader"])
         self.saved_step, self.last_checkpoint = self.progress.step, folder

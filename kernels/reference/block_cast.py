@@ -1,15 +1,14 @@
-"""FP8 weights in square blocks with one scale each: the specification of the published DeepSeek-V3 checkpoints.
+"""FP8 weights as published DeepSeek-V3 checkpoints hold them: square E4M3 blocks, and scales as FP32 numbers.
 
-E leading dims, R rows, C columns, b block, r = ⌈R/b⌉ and c = ⌈C/b⌉ blocks; those at the edges may be partial.
+The cast is that of `quantize`, with DeepSeek's least amax. E leading dims, R rows, C columns, b block, r = ⌈R/b⌉ and
+c = ⌈C/b⌉ blocks; those at the edges may be partial.
 """
 
 import torch
 
 from octofold.backends.errors import UserError
-
-E4M3_MAX = 448.0
-SMALLEST_AMAX = 1e-4
-"""A block of zeros gets the scale of this."""
+from octofold.kernels.qtensor import E8M0, PUBLISHED_LEAST_AMAX, Format, QTensor
+from octofold.kernels.reference.quantize import quantize
 
 
 def quantize_blocks(
@@ -23,19 +22,14 @@ def quantize_blocks(
     Raises:
         UserError: w holds NaN or an infinity.
     """
-    w_ERC = w_ERC.float()
-    amax_Erc = _blocks(w_ERC, block).abs().amax((-3, -1))
-    if not torch.isfinite(amax_Erc).all():
+    scale = "ue8m0" if power_of_two else "float"
+    quantized = quantize(w_ERC, Format((block, block), scale, least_amax=PUBLISHED_LEAST_AMAX))
+    scale_Erc = quantized.scale.float()
+    if scale_Erc.isnan().any():
         raise UserError(
             "a weight is not finite\n  rule:   FP8 blocks hold finite numbers\n  remedy: another checkpoint"
         )
-    scale_Erc = amax_Erc.clamp(min=SMALLEST_AMAX) / E4M3_MAX
-    if power_of_two:
-        # scale = mantissa · 2^exponent with a mantissa in [1/2, 1); an exact power of two (1/2) stays.
-        mantissa, exponent = torch.frexp(scale_Erc)
-        scale_Erc = torch.ldexp(torch.ones_like(scale_Erc), exponent - (mantissa == 0.5).int())
-    scaled_ERC = w_ERC / spread(scale_Erc, block, w_ERC.shape[-2:])
-    return scaled_ERC.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale_Erc
+    return quantized.data, scale_Erc
 
 
 def dequantize_blocks(data_ERC: torch.Tensor, scale_Erc: torch.Tensor, *, block: int) -> torch.Tensor:
@@ -45,18 +39,5 @@ def dequantize_blocks(data_ERC: torch.Tensor, scale_Erc: torch.Tensor, *, block:
         data_ERC: float8_e4m3fn.
         scale_Erc: float32 or float8_e8m0fnu. Published files call it `weight_scale_inv`; it multiplies all the same.
     """
-    return data_ERC.float() * spread(scale_Erc.float(), block, data_ERC.shape[-2:])
-
-
-def spread(scale_Erc: torch.Tensor, block: int, shape: torch.Size) -> torch.Tensor:
-    """Every block's scale at each of its places: [E, R, C]."""
-    rows, columns = shape
-    by_row = scale_Erc.repeat_interleave(block, dim=-2)[..., :rows, :]
-    return by_row.repeat_interleave(block, dim=-1)[..., :columns]
-
-
-def _blocks(w_ERC: torch.Tensor, block: int) -> torch.Tensor:
-    """[E, r, b, c, b], filled up with zeros."""
-    rows, columns = w_ERC.shape[-2:]
-    padded = torch.nn.functional.pad(w_ERC, (0, -columns % block, 0, -rows % block))
-    return padded.unflatten(-1, (-1, block)).unflatten(-3, (-1, block))
+    scale = "ue8m0" if scale_Erc.dtype == E8M0 else "float"
+    return QTensor(data_ERC, scale_Erc, Format((block, block), scale)).dequantize()

@@ -30,8 +30,9 @@ def quantize(x: torch.Tensor, format: Format, *, transpose: bool = False, scale:
     Args:
         x: [..., R, C] in FP32 or BF16, any strides; R or C may be 0.
         format: its tiles are tiles of x.
-        transpose: return the transposed matrix, contiguous: data [..., C, R] and scales [..., c, r] with
-            `format.transposed`. Tiles of (128, 1) become rows of 128 numbers, as a product over rows wants them.
+        transpose: return the transposed matrix: data [..., C, R] and scales [..., c, r] with `format.transposed`. Tiles
+            of (128, 1) become rows of 128 numbers, as a product over rows wants them. Contiguous here; a provider may
+            return a view where its products read that as fast.
         scale: FP32 scales that broadcast to [..., r, c], from elsewhere (delayed scaling; powers of two where the
             format has such): elements beyond them saturate at ±448. Without it, scales come from x.
     """
@@ -70,7 +71,7 @@ def swiglu_quantize(gate_up: torch.Tensor, format: Format, *, scale: torch.Tenso
         scale: as in `quantize`.
     """
     gate, up = gate_up.float().chunk(2, dim=-1)
-    return quantize(gate * torch.sigmoid(gate) * up, format, scale=scale)
+    return quantize(F.silu(gate) * up, format, scale=scale)
 
 
 def amax_of(x: torch.Tensor, format: Format) -> torch.Tensor:
@@ -83,7 +84,7 @@ def amax_of(x: torch.Tensor, format: Format) -> torch.Tensor:
 
 
 def scales_of(amax: torch.Tensor, format: Format) -> torch.Tensor:
-    """The scale of tiles by their largest magnitudes, FP32; NaN where that is not finite."""
+    """The scale of tiles by their largest magnitudes, FP32; NaN where that is not finite, 1 for zeros under ue8m0."""
     scale = amax.clamp(min=format.least_amax) / format.largest
     if format.scale == "ue8m0":
         scale = round_up_to_power_of_two(scale)

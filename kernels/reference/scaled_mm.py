@@ -17,6 +17,15 @@ def why_unsupported(workload: Workload) -> str | None:
     return None
 
 
+def dequantize(x: QTensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Data times scales, `QTensor.dequantize`: exact in FP32, and in BF16 where scales are powers of two.
+
+    Args:
+        dtype: BF16 or FP32.
+    """
+    return x.dequantize(dtype)
+
+
 def scaled_mm(
     a: QTensor, b: QTensor, *, out_dtype: torch.dtype = torch.bfloat16, accumulation: str = "fp32"
 ) -> torch.Tensor:
@@ -107,7 +116,7 @@ def rows_of(x: QTensor, rows: slice) -> QTensor:
 def columns_of(x: QTensor, first: int, end: int) -> QTensor:
     """Some columns of a matrix, cut between tiles."""
     wide = x.format.tile[1]
-    scale = x.scale[:, first // wide : max(-(-end // wide), first // wide + 1)] if wide else x.scale
+    scale = x.scale[:, first // wide : -(-end // wide)] if wide else x.scale
     return QTensor(x.data[:, first:end], scale, x.format)
 
 

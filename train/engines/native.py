@@ -1,13 +1,33 @@
-"""The native engine: owns the optimiser step over parameters that FSDP2 shards."""
+"""The native engine: owns the optimiser step over parameters that FSDP2 shards, and the scale of the loss."""
 
+import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from octofold.parallel.norm import global_norm
+from octofold.train.precision.loss_scale import LossScaler
+
+
+class Optimizer(Protocol):
+    """What the engine steps: a torch optimiser that shows its moments (train/optim/moments.py)."""
+
+    param_groups: list[dict[str, Any]]
+    state: defaultdict[torch.Tensor, Any]
+
+    def step(self) -> Any:
+        """Update every parameter from its gradient."""
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+
+    def moments(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Those of a parameter by name, placed like it; they are read and written before the next step."""
 
 
 @dataclass(frozen=True)
@@ -15,10 +35,12 @@ class StepResult:
     """What an optimiser step did."""
 
     grad_norm: float
-    """Before clipping, over the whole model."""
+    """Of the true gradients, before clipping, over the whole model."""
     lr: float
     applied: bool
     """False: the norm was not finite, and every rank skipped the update."""
+    loss_scale: float
+    """What the loss was multiplied by, and the gradients divided by."""
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -30,12 +52,13 @@ def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 class NativeEngine:
-    """Backward, clip, update. `updates` counts the applied ones, which is what schedules go by."""
+    """Backward, unscale and clip, update. `updates` counts the applied ones, which is what schedules go by."""
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.AdamW,
+        optimizer: Optimizer,
+        scaler: LossScaler,
         *,
         clip_norm: float,
         learning_rate: Callable[[int], float],
@@ -45,51 +68,64 @@ class NativeEngine:
             clip_norm: bound of the global gradient norm; 0 switches clipping off.
             learning_rate: the rate of the update after so many applied ones.
         """
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.clip_norm, self.learning_rate = clip_norm, learning_rate
         self.updates = 0
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Accumulate the gradients of one micro-batch; only the last one communicates them."""
+        """Accumulate the gradients of one micro-batch, times the loss scale; only the last one communicates them.
+
+        A loss that enters the backward pass by another way (a gate's balance losses) is scaled by its owner.
+        """
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(last)
-        loss.backward()
+        (loss * self.scaler.scale).backward()
 
     def step(self) -> StepResult:
-        """Clip by the global norm, update, clear the gradients. Every rank takes the same decision."""
+        """Unscale, clip by the global norm, update, clear the gradients. Every rank takes the same decision.
+
+        The norm is one sum over the world, so a gradient that is not finite on one rank skips the update on all.
+        """
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = global_norm(gradients)
-        grad_norm = float(norm)
+        scale = self.scaler.scale
+        grad_norm = float(global_norm(gradients)) / scale
         lr = self.learning_rate(self.updates)
-        applied = bool(torch.isfinite(norm))
+        applied = math.isfinite(grad_norm)
         if applied:
-            if self.clip_norm and grad_norm > self.clip_norm:
+            bound = self.clip_norm or math.inf
+            # One multiplication does both: a gradient in BF16 is rounded once.
+            factor = (bound / grad_norm if grad_norm > bound else 1.0) / scale
+            if factor != 1:
                 for gradient in gradients:
-                    gradient.mul_(self.clip_norm / grad_norm)
+                    gradient.mul_(factor)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
             self.updates += 1
         self.optimizer.zero_grad()
-        return StepResult(grad_norm, lr, applied)
+        self.scaler.update(applied=applied)
+        return StepResult(grad_norm, lr, applied, scale)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and optimiser moments by name, for a checkpoint: DTensors that know their place in the whole.
 
-        Moments that do not exist yet are made (zero), so that a checkpoint can be read into them.
+        Moments that do not exist yet are made (zero), so that a checkpoint can be read into them; they are to be
+        filled before the next step.
         """
         named = model_tensors(self.model)
         for name, parameter in self.model.named_parameters():
-            state = self.optimizer.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-            for moment in ("exp_avg", "exp_avg_sq"):
-                named[f"optim.{name}.{moment}"] = state[moment]
+            for moment, tensor in self.optimizer.moments(parameter).items():
+                named[f"optim.{name}.{moment}"] = tensor
         return named
 
-    def restore(self, updates: int) -> None:
-        """Continue after `updates` applied updates, once the tensors have been read."""
+    def restore(self, updates: int, loss_scale: dict[str, Any] | None) -> None:
+        """Continue after `updates` applied updates, once the tensors have been read.
+
+        Args:
+            loss_scale: the state of the scaler; None where a checkpoint has none: it begins as configured.
+        """
         self.updates = updates
         for state in self.optimizer.state.values():
             state["step"].fill_(updates)
+        if loss_scale is not None:
+            self.scaler.load_state_dict(loss_scale)

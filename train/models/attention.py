@@ -9,7 +9,7 @@ from torch import nn
 
 from octofold.kernels.registry import Kernels
 from octofold.train.models.config import ModelConfig
-from octofold.train.models.layers import RMSNorm
+from octofold.train.models.layers import Linear, RMSNorm
 from octofold.train.models.rope import rotate, softmax_scale
 
 LATENT_NORM_EPS = 1e-6
@@ -60,15 +60,15 @@ class LatentAttention(nn.Module):
         heads, d = config.num_attention_heads, config.qk_head_dim
         hidden, rank = config.hidden_size, config.kv_lora_rank
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden, heads * d, bias=False)
+            self.q_proj = Linear(hidden, heads * d)
         else:
-            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
+            self.q_a_proj = Linear(hidden, config.q_lora_rank)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, kernels)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * d, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, rank + config.qk_rope_head_dim, bias=False)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * d)
+        self.kv_a_proj_with_mqa = Linear(hidden, rank + config.qk_rope_head_dim)
         self.kv_a_layernorm = RMSNorm(rank, LATENT_NORM_EPS, kernels)
-        self.kv_b_proj = nn.Linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
-        self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=False)
+        self.kv_b_proj = Linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.o_proj = Linear(heads * config.v_head_dim, hidden)
 
     def forward(
         self,

@@ -16,7 +16,7 @@ from octofold.parallel.plan import ParallelPlan
 from octofold.train.models.attention import LatentAttention, LatentCache
 from octofold.train.models.config import ModelConfig
 from octofold.train.models.gate import TopKGate
-from octofold.train.models.layers import FeedForward, RMSNorm, SumResidual
+from octofold.train.models.layers import Embedding, FeedForward, Linear, RMSNorm, SumResidual
 from octofold.train.models.moe import MixtureOfExperts
 from octofold.train.models.mtp import MtpDepth
 from octofold.train.models.rope import rope_tables
@@ -65,10 +65,10 @@ class Decoder(nn.Module):
         self.config = config
         layers, depths = config.num_hidden_layers, config.num_nextn_predict_layers
         self.residual = RESIDUALS[config.residual_kind]()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(self.layer_class(config, i, kernels) for i in range(layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.mtp = nn.ModuleList(

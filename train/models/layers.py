@@ -1,11 +1,46 @@
-"""Parts that every layer uses: norm, dense feed-forward network, residual. D hidden width."""
+"""Parts that every layer uses: linear layer, embedding, norm, dense feed-forward network, residual. D hidden width.
+
+What may be in FP8 has a slot for it, named in `FP8_SLOTS` (its name below the module's -> attribute); the precision
+policy (train/precision/apply.py) fills it.
+"""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import nn
 
+from octofold.kernels.fp8 import Fp8State
 from octofold.kernels.registry import Kernels
+
+
+class Linear(nn.Linear):
+    """x wᵀ, in FP8 where the policy says so."""
+
+    FP8_SLOTS: ClassVar[dict[str, str]] = {"": "fp8"}
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.fp8: Fp8State | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] to [..., out]."""
+        return super().forward(x) if self.fp8 is None else self.fp8.linear(x, self.weight)
+
+
+class Embedding(nn.Embedding):
+    """Rows of a table, as FP8 would keep them where the policy says so."""
+
+    FP8_SLOTS: ClassVar[dict[str, str]] = {"": "fp8"}
+
+    def __init__(self, entries: int, width: int) -> None:
+        super().__init__(entries, width)
+        self.fp8: Fp8State | None = None
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """int64 [...] to [..., D]."""
+        rows = super().forward(tokens)
+        return rows if self.fp8 is None else self.fp8.stored(rows)
 
 
 class RMSNorm(nn.Module):
@@ -26,16 +61,35 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, kernels: Kernels) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size)
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
         self.kernels = kernels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] to [..., D]."""
+        gate_up, down = self._gate_up(x), self.down_proj
+        if down.fp8 is not None:
+            return down.fp8.swiglu_linear(gate_up, down.weight)
+        return down(self.kernels.swiglu(gate_up))
+
+    def _gate_up(self, x: torch.Tensor) -> torch.Tensor:
+        """Both projections: [..., 2·I]."""
+        gate, up = self.gate_proj, self.up_proj
+        joined = torch.cat([gate.weight, up.weight]) if can_join(gate, up) else None
+        if joined is None:
+            return torch.cat([gate(x), up(x)], dim=-1)
         # One product with both weights: joining weights copies less than joining activations.
-        gate_up = nn.functional.linear(x, torch.cat([self.gate_proj.weight, self.up_proj.weight]))
-        return self.down_proj(self.kernels.swiglu(gate_up))
+        return nn.functional.linear(x, joined) if gate.fp8 is None else gate.fp8.linear(x, joined)
+
+
+def can_join(first: Linear, second: Linear) -> bool:
+    """Whether one product with both weights computes what two would: alike in precision, and no tile spans both."""
+    if first.fp8 is None or second.fp8 is None:
+        return first.fp8 is second.fp8
+    recipe, other = first.fp8.recipe, second.fp8.recipe
+    high, turned = recipe.weight.tile[0], recipe.turned_weight.tile[1]
+    return recipe == other and all(size and first.out_features % size == 0 for size in (high, turned))
 
 
 class SumResidual:

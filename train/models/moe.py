@@ -3,10 +3,13 @@
 T tokens, K experts a token, E experts, N = T·K copies, D hidden width, I width of an expert.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
-from octofold.kernels.permute import Order, permute, unpermute
+from octofold.kernels.fp8 import Fp8State
+from octofold.kernels.permute import Order
 from octofold.kernels.registry import Kernels
 from octofold.parallel.apply import local
 from octofold.parallel.expert import LocalExperts
@@ -21,16 +24,26 @@ GATES = {"top_k": TopKGate}
 class StackedExperts(nn.Module):
     """The feed-forward networks of all experts (of the local ones under expert parallelism), stacked [E, …]."""
 
+    FP8_SLOTS: ClassVar[dict[str, str]] = {"gate_up_proj": "gate_up_fp8", "down_proj": "down_fp8"}
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.gate_up_fp8: Fp8State | None = None
+        self.down_fp8: Fp8State | None = None
         experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 
     def forward(self, x_ND: torch.Tensor, counts_E: torch.Tensor, kernels: Kernels) -> torch.Tensor:
         """[N, D], sorted by expert, to [N, D]."""
-        gate_up = kernels.grouped_mm(x_ND, local(self.gate_up_proj), counts_E)
-        return kernels.grouped_mm(kernels.swiglu(gate_up), local(self.down_proj), counts_E)
+        w_gate_up, w_down = local(self.gate_up_proj), local(self.down_proj)
+        if self.gate_up_fp8 is not None:
+            gate_up = self.gate_up_fp8.grouped(x_ND, w_gate_up, counts_E)
+        else:
+            gate_up = kernels.grouped_mm(x_ND, w_gate_up, counts_E)
+        if self.down_fp8 is not None:
+            return self.down_fp8.swiglu_grouped(gate_up, w_down, counts_E)
+        return kernels.grouped_mm(kernels.swiglu(gate_up), w_down, counts_E)
 
 
 class MixtureOfExperts(nn.Module):
@@ -53,9 +66,9 @@ class MixtureOfExperts(nn.Module):
         if self.training:
             self.gate.load_E += counts_E
         order = Order.by_expert(experts_TK.flatten())
-        copies_ND = permute(x_TD, order, copies=experts_TK.shape[1])
+        copies_ND = self.kernels.permute(x_TD, order, copies=experts_TK.shape[1])
         outputs_ND = self.run_experts(self.experts, copies_ND, counts_E, self.kernels)
-        routed_TD = unpermute(outputs_ND, weights_TK, order)
+        routed_TD = self.kernels.unpermute(outputs_ND, weights_TK, order)
         if self.shared_experts is not None:
             routed_TD = routed_TD + self.shared_experts(x_TD)
         return routed_TD.view_as(x_BSD)

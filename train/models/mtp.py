@@ -8,7 +8,7 @@ from torch import nn
 
 from octofold.kernels.registry import Kernels
 from octofold.train.models.config import ModelConfig
-from octofold.train.models.layers import RMSNorm
+from octofold.train.models.layers import Linear, RMSNorm
 
 
 class MtpDepth(nn.Module):
@@ -27,7 +27,7 @@ class MtpDepth(nn.Module):
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.enorm = RMSNorm(hidden, eps, kernels)
         self.hnorm = RMSNorm(hidden, eps, kernels)
-        self.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
+        self.eh_proj = Linear(2 * hidden, hidden)
         self.block = block
         self.norm = RMSNorm(hidden, eps, kernels)
 

@@ -2,12 +2,12 @@
 
 from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from octofold.backends.errors import ConfigError
 from octofold.train.config import OptimConfig
+from octofold.train.optim.moments import AdamW, CompactAdamW
 
 
 def decays(name: str, no_decay: list[str]) -> bool:
@@ -15,8 +15,11 @@ def decays(name: str, no_decay: list[str]) -> bool:
     return not any(fnmatchcase(name, pattern) for pattern in no_decay)
 
 
-def build_adamw(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+def build_adamw(model: nn.Module, optim: OptimConfig) -> AdamW:
     """One parameter group for each (mesh, decay): torch's fused step takes one mesh at a time.
+
+    Args:
+        optim: `moments` chooses what the moments are kept in.
 
     Raises:
         ConfigError: a pattern of `optim.no_decay` matches no parameter.
@@ -30,13 +33,11 @@ def build_adamw(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     for name, parameter in model.named_parameters():
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
         groups.setdefault((mesh, decays(name, optim.no_decay)), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "weight_decay": optim.weight_decay if decay else 0.0}
-            for (_, decay), parameters in groups.items()
-        ],
-        lr=optim.lr,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.eps,
-        fused=True,
-    )
+    parts = [
+        {"params": parameters, "weight_decay": optim.weight_decay if decay else 0.0}
+        for (_, decay), parameters in groups.items()
+    ]
+    betas = (optim.beta1, optim.beta2)
+    if optim.moments == "fp32":
+        return AdamW(parts, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
+    return CompactAdamW(parts, kind=optim.moments, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)

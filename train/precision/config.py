@@ -10,6 +10,7 @@ FP8 = ["fp8_block", "fp8_tensor_current", "fp8_tensor_delayed", "mxfp8"]
 ARITHMETIC = ["native", "emulate", "storage"]
 MX_BLOCK = 32
 LOSS_SCALES = ["none", "static", "dynamic"]
+LARGEST_SCALE = 2.0**126
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class OverrideConfig:
     """Other choices for the modules whose names match; what is null stays as the group has it."""
 
     match: str = ""
-    """Names of linear modules with * and ?, such as `layers.0.*`, `*.o_proj`, `lm_head`, `*.mlp.experts`."""
+    """Names of linear modules with * and ?, such as `layers.0.*`, `*.o_proj`, `lm_head`, `*.mlp.experts.*`."""
     name: str | None = None
     """bf16 or one of the FP8 recipes."""
     block: int | None = None
@@ -140,6 +141,8 @@ def _check_loss_scale(scale: LossScaleConfig) -> None:
     for name in ("growth_interval", "hysteresis"):
         if getattr(scale, name) < 1:
             raise ConfigError(f"{key}.{name}", getattr(scale, name), "at least 1", f"{key}.{name}=1")
+    if scale.most > LARGEST_SCALE:
+        raise ConfigError(f"{key}.most", scale.most, "FP32 holds the scale and its inverse", f"{key}.most={2.0**40:g}")
     if not 0 < scale.backoff < 1:
         raise ConfigError(f"{key}.backoff", scale.backoff, "between 0 and 1, so that the scale shrinks", "0.5")
     if not scale.least <= scale.init <= scale.most:

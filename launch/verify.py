@@ -1,0 +1,82 @@
+"""`octofold verify SUBJECT`: which subjects there are, and their keys beside those of `octofold train`. Torch-free."""
+
+import argparse
+import os
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from octofold.backends.errors import ConfigError, UserError
+
+SUBJECTS = ["precision"]
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """The `verify` keys."""
+
+    steps: int | None = None
+    """Steps of each run, and what the learning rate's schedule goes by; null: train.steps."""
+    smoothing: float = 0.9
+    """Weight of the past in the exponential moving average of the losses; 0 does not smooth."""
+    bar: float = 0.0025
+    """Relative error of the smoothed loss that FP8 may have; DeepSeek-V3's is 0.25%."""
+    seeds: int = 1
+    """Three runs for each: train.seed, the next, and so on."""
+
+
+@dataclass(frozen=True)
+class VerifyJob:
+    """The root of the `verify` keys, so that they are written verify.seeds=3."""
+
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+
+
+def check(verify: VerifyConfig) -> None:
+    """Raise `ConfigError` for settings that nothing can be verified with."""
+    if verify.steps is not None and verify.steps < 1:
+        raise ConfigError("verify.steps", verify.steps, "at least one step", "verify.steps=600")
+    if not 0 <= verify.smoothing <= 0.999:
+        rule = "the weight of the past, from 0 to 0.999"
+        raise ConfigError("verify.smoothing", verify.smoothing, rule, "verify.smoothing=0.9")
+    if not 0 < verify.bar < 1:
+        raise ConfigError("verify.bar", verify.bar, "a relative error between 0 and 1", "verify.bar=0.0025")
+    if verify.seeds < 1:
+        raise ConfigError("verify.seeds", verify.seeds, "at least one seed", "verify.seeds=1")
+
+
+def run(argv: list[str]) -> int:
+    """Do what the arguments of `octofold verify` ask; returns the exit status: 0 yes, 1 no, 3 inconclusive.
+
+    Raises:
+        UserError: arguments or a configuration that cannot be honoured.
+    """
+    from octofold.launch.compose import apply, parse
+    from octofold.launch.local import join
+
+    if not argv or argv[0] not in SUBJECTS:
+        rule, remedy = f"what is verified is one of: {', '.join(SUBJECTS)}", f"octofold verify {SUBJECTS[0]}"
+        raise UserError(f"verify {argv[0] if argv else ''}\n  rule:   {rule}\n  remedy: {remedy}")
+    if join(dict(os.environ)):
+        rule = "a verification starts its own ranks, and a launcher has made this process one already"
+        raise UserError(f"verify {argv[0]}\n  rule:   {rule}\n  remedy: start it once, with launch.nproc_per_node=N")
+    options = _parser().parse_intermixed_args(argv[1:])
+    is_ours = [override.key_or_group.split(".")[0] == "verify" for override in parse(options.overrides)]
+    ours = [text for text, chosen in zip(options.overrides, is_ours, strict=True) if chosen]
+    others = [text for text, chosen in zip(options.overrides, is_ours, strict=True) if not chosen]
+    settings = apply(VerifyJob(), parse(ours)).verify
+    check(settings)
+    from octofold.launch.verify_precision import verify_precision
+
+    return verify_precision(settings, others, options.config_dir)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}\n  rule:   key=value overrides and --config-dir\n  remedy: octofold verify --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="octofold verify", add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--config-dir", "-cd", action="append", default=[])
+    return parser

@@ -1,0 +1,112 @@
+"""Puts the precision policy on a model: FP8 states into the slots that its modules have, formats on what travels."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from octofold.backends.errors import ConfigError
+from octofold.kernels.fp8 import Fp8State
+from octofold.kernels.registry import Kernels
+from octofold.parallel.expert import ExchangedExperts
+from octofold.parallel.transport import PURPOSES
+from octofold.train.precision.config import PrecisionConfig
+from octofold.train.precision.policy import recipe_for, transport_for
+
+
+def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(name, module, attribute) of everything that may be in FP8; experts have two in one module."""
+    for name, module in model.named_modules():
+        for suffix, attribute in getattr(module, "FP8_SLOTS", {}).items():
+            yield ".".join(part for part in (name, suffix) if part), module, attribute
+
+
+def apply_precision(model: nn.Module, precision: PrecisionConfig, kernels: Kernels) -> None:
+    """Fill the slots of the modules that the policy puts in FP8.
+
+    Raises:
+        ConfigError: an override matches no module.
+    """
+    names = [name for name, _, _ in slots(model)]
+    for index, override in enumerate(precision.overrides):
+        alone = PrecisionConfig(overrides=[override])
+        if all(alone.of_module(name) is alone for name in names):
+            rule = "every override matches some linear layer, else it would silently do nothing"
+            shown = f"precision.overrides[{index}].match={override.match}"
+            raise ConfigError("precision.overrides", shown, rule, f"patterns of names such as {names[1]}, {names[-1]}")
+    for name, module, attribute in list(slots(model)):
+        recipe = recipe_for(precision, name)
+        if recipe is not None:
+            state = Fp8State(recipe, kernels, keep_weights=precision.keep_weights, amax_history=precision.amax_history)
+            setattr(module, attribute, state)
+
+
+def apply_transport(model: nn.Module, precision: PrecisionConfig) -> None:
+    """Tell the experts that stand on several ranks what tokens travel as; after the plan has been applied."""
+    for name, module in model.named_modules():
+        run = getattr(module, "run_experts", None)
+        if isinstance(run, ExchangedExperts):
+            run.transport = transport_for(precision, f"{name}.experts")
+
+
+def fp8_states(model: nn.Module) -> dict[str, Fp8State]:
+    """Module name -> state, of everything in FP8."""
+    found = {name: getattr(module, attribute) for name, module, attribute in slots(model)}
+    return {name: state for name, state in found.items() if state is not None}
+
+
+def kept_copies(model: nn.Module, device: torch.device) -> dict[str, int]:
+    """Parameter name -> how many quantised copies of its gathered self a rank keeps between updates."""
+    names = {name for name, _ in model.named_parameters()}
+    copies = {}
+    for name, state in fp8_states(model).items():
+        if state.keep_weights and state.recipe.arithmetic == "product":
+            turned = state.recipe.weight != state.recipe.turned_weight.transposed or device.type == "cuda"
+            copies[name if name in names else f"{name}.weight"] = 2 if turned else 1
+    return copies
+
+
+def reset_states(model: nn.Module) -> None:
+    """Zero the histories of delayed scaling (a model made on the meta device has none) and drop kept weights."""
+    for state in fp8_states(model).values():
+        state.forget()
+        for buffer in state.buffers():
+            buffer.zero_()
+
+
+def forget_weights(model: nn.Module) -> None:
+    """The weights have changed."""
+    for state in fp8_states(model).values():
+        state.forget()
+
+
+@torch.no_grad()
+def roll_histories(model: nn.Module) -> None:
+    """Delayed scaling: the largest magnitudes of this step, over all ranks, become the newest of the history.
+
+    Collective over the default group where the recipe is delayed, which is alike on all ranks. A magnitude that is not
+    finite (a batch that is skipped) is not remembered.
+    """
+    delayed = [state for state in fp8_states(model).values() if state.recipe.delayed]
+    if not delayed:
+        return
+    amax_SK = torch.stack([state.amax_K for state in delayed])
+    amax_SK = torch.where(torch.isfinite(amax_SK), amax_SK, 0.0)
+    dist.all_reduce(amax_SK, op=dist.ReduceOp.MAX)
+    for state, amax_K in zip(delayed, amax_SK, strict=True):
+        history_KH = state.amax_history_KH.roll(1, dims=1)
+        history_KH[:, 0] = amax_K
+        state.amax_history_KH.copy_(history_KH)
+        state.amax_K.zero_()
+
+
+def take_sent_bytes(model: nn.Module) -> torch.Tensor:
+    """What this rank has sent to other ranks' experts since last asked, FP64 in the order of `PURPOSES`."""
+    sent = torch.zeros(len(PURPOSES), dtype=torch.float64)
+    for module in model.modules():
+        run = getattr(module, "run_experts", None)
+        if isinstance(run, ExchangedExperts):
+            taken = run.traffic.take()
+            sent += torch.tensor([float(taken.get(purpose, 0)) for purpose in PURPOSES], dtype=torch.float64)
+    return sent

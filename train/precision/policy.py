@@ -1,0 +1,139 @@
+"""From the `precision` group to a recipe for each module, and what the start-up table says of them."""
+
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+import torch
+
+from octofold.backends.base import Capabilities
+from octofold.backends.errors import ConfigError
+from octofold.kernels.qtensor import E4M3, E5M2, Format
+from octofold.kernels.recipe import Recipe, block_recipe, mx_recipe, tensor_recipe
+from octofold.parallel.transport import Transport
+from octofold.train.precision.config import FP8, PrecisionConfig
+
+OPT_IN = ("embed_tokens", "lm_head", "*.eh_proj")
+"""Modules that DeepSeek-V3 keeps in BF16: in FP8 only where an override names them and a recipe."""
+MODULE_KINDS = {
+    "embedding": "embed_tokens",
+    "attention projections": "*.self_attn.*",
+    "routed experts": "*.mlp.experts.*",
+    "shared experts": "*.shared_experts.*",
+    "dense feed-forward": "*.mlp.*",
+    "projection of multi-token prediction": "*.eh_proj",
+    "head": "lm_head",
+}
+"""Kind -> names of modules; the first that matches counts."""
+
+
+def choices_for(precision: PrecisionConfig, module: str) -> PrecisionConfig:
+    """The choices for a module by its name, opt-in modules included."""
+    if any(fnmatchcase(module, pattern) for pattern in OPT_IN):
+        precision = replace(precision, name="bf16")
+    return precision.of_module(module)
+
+
+def recipe_for(precision: PrecisionConfig, module: str) -> Recipe | None:
+    """The FP8 recipe of a module; None: it computes in the compute dtype."""
+    chosen = choices_for(precision, module)
+    if chosen.name not in FP8:
+        return None
+    gradient = E5M2 if chosen.gradient_fmt == "e5m2" else E4M3
+    choices: dict[str, object] = {
+        "saves_fp8": chosen.saved == "fp8",
+        "accumulation": chosen.accumulation,
+        "arithmetic": "storage" if precision.arithmetic == "storage" else "product",
+    }
+    if chosen.name == "fp8_block":
+        return block_recipe(chosen.name, chosen.block, chosen.scale_fmt, gradient, **choices)
+    if chosen.name == "mxfp8":
+        return mx_recipe(chosen.name, gradient, **choices)
+    delayed = chosen.name == "fp8_tensor_delayed"
+    return tensor_recipe(chosen.name, chosen.scale_fmt, gradient, delayed=delayed, **choices)
+
+
+def transport_for(precision: PrecisionConfig, experts: str) -> Transport:
+    """How tokens travel to the experts of the module named `experts`: FP8 with power-of-two scales, or BF16."""
+    recipe = recipe_for(precision, f"{experts}.gate_up_proj")
+    if precision.dispatch == "bf16" or (precision.dispatch == "auto" and recipe is None):
+        return Transport()
+    width = precision.block if recipe is None else recipe.activation.tile[1] or precision.block
+    gradient = E4M3 if recipe is None else recipe.gradient.dtype
+    return Transport(Format((1, width)), Format((1, width), dtype=gradient))
+
+
+def require_arithmetic(precision: PrecisionConfig, capabilities: Capabilities) -> None:
+    """Refuse products that the device does not have.
+
+    Raises:
+        ConfigError: with the device, the capability and the two ways out.
+    """
+    if precision.arithmetic != "native":
+        return
+    asked = {precision.name, *(override.name for override in precision.overrides)}
+    if asked & set(FP8) and not capabilities.fp8:
+        lacking = "FP8"
+    elif "mxfp8" in asked and not capabilities.mxfp8:
+        lacking = "MXFP8 (tiles of 32 scaled inside the product)"
+    else:
+        return
+    shown = f"precision.name={precision.name} precision.arithmetic=native"
+    rule = f"{capabilities.device_name} has no arithmetic in {lacking}, and none is put in its place unasked"
+    remedy = (
+        "precision.arithmetic=emulate computes what FP8 hardware would (for numerics and tests; slower than BF16), "
+        "precision.arithmetic=storage multiplies in BF16 and keeps and sends FP8"
+    )
+    raise ConfigError("precision.arithmetic", shown, rule, remedy)
+
+
+def plan_rows(
+    precision: PrecisionConfig, modules: list[str], *, compute_dtype: torch.dtype, sends: bool
+) -> dict[str, str]:
+    """What the start-up table says of each kind of module: weights, products, what is kept, what is sent.
+
+    Args:
+        modules: names of all modules that may be in FP8.
+        sends: whether experts stand on several ranks.
+    """
+    plain = str(compute_dtype).removeprefix("torch.").replace("float", "FP").replace("bFP16", "BF16")
+    rows: dict[str, str] = {}
+    seen: set[str] = set()
+    for kind, pattern in MODULE_KINDS.items():
+        names = [name for name in modules if name not in seen and fnmatchcase(name, pattern)]
+        seen.update(names)
+        counts: dict[str, int] = {}
+        for name in names:
+            text = _described(recipe_for(precision, name), precision, plain, is_table=kind == "embedding")
+            counts[text] = counts.get(text, 0) + 1
+        if sends and kind == "routed experts" and names:
+            transport = transport_for(precision, names[0].rpartition(".")[0])
+            there = plain if transport.dispatch is None else _format(transport.dispatch)
+            rows["experts' exchange"] = f"tokens to experts {there}, back {plain}; gradients alike"
+        if names:
+            parts = [text if len(counts) == 1 else f"{number} x {text}" for text, number in counts.items()]
+            rows[kind] = " | ".join(parts)
+    rows["gate, norms, attention core"] = f"{plain} with FP32 inside" if plain == "BF16" else plain
+    return rows
+
+
+def _described(recipe: Recipe | None, precision: PrecisionConfig, plain: str, *, is_table: bool) -> str:
+    if recipe is None:
+        return plain
+    if is_table:
+        return f"rows kept {_format(recipe.activation)}"
+    saved = _format(recipe.activation) if recipe.saves_fp8 else plain
+    if recipe.arithmetic == "storage":
+        return f"{recipe.name}: products {plain}, saves {saved}"
+    products = _format(recipe.activation) + " x " + _format(recipe.weight)
+    gradients = "" if recipe.gradient.dtype == E4M3 else ", gradients E5M2"
+    how = {"native": "FP8 products", "emulate": "emulated products"}[precision.arithmetic]
+    sums = "" if recipe.accumulation == "fp32" else ", sums as Hopper's"
+    delayed = ", scales from past steps" if recipe.delayed else ""
+    return f"{recipe.name}: {how} {products}{gradients}{sums}{delayed}; saves {saved}"
+
+
+def _format(format: Format) -> str:
+    high, wide = format.tile
+    tile = {(0, 0): "tensor"}.get((high, wide), f"{high}x{wide}")
+    kind = "E4M3" if format.dtype == E4M3 else "E5M2"
+    return f"{kind} {tile} {'FP32' if format.scale == 'float' else '2^n'}"
