@@ -38,7 +38,7 @@ def rows_mm(x_rD: torch.Tensor, w_DF: torch.Tensor, out_rF: torch.Tensor) -> Non
         out_rF[whole:] = torch.mm(_padded(x_rD[whole:]), w_DF)[:rest]
 
 
-def inner_mm(a_rF: torch.Tensor, b_rD: torch.Tensor, out_FD: torch.Tensor) -> None:
+def _inner_mm(a_rF: torch.Tensor, b_rD: torch.Tensor, out_FD: torch.Tensor) -> None:
     """out = aᵀ b, summed over the rows; the padded rows add zeros."""
     whole, rest = _parts(a_rF.shape[0], a_rF.dtype)
     torch.mm(a_rF[:whole].t(), b_rD[:whole], out=out_FD)
@@ -63,7 +63,7 @@ class _GroupedMm(torch.autograd.Function):
         groups = (grad_NF.split(ctx.sizes), x_ND.split(ctx.sizes), w_EFD, grad_x.split(ctx.sizes), grad_w)
         for grad, x, w, into_x, into_w in zip(*groups, strict=True):
             rows_mm(grad, w, into_x)
-            inner_mm(grad, x, into_w)
+            _inner_mm(grad, x, into_w)
         return grad_x, grad_w, None
 
 

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octofold.kernels.permute import Order
-from octofold.kernels.reference import permute as reference
 from octofold.kernels.torch_permute import permute, unpermute
 
 pytestmark = pytest.mark.usefixtures("poisoned")

@@ -1,0 +1,52 @@
+"""What the FP8 benchmarks of both devices share: a layer with experts as a training step runs it, and its kernels."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from octofold.kernels.config import KernelsConfig
+from octofold.kernels.registry import Choice, Kernels, choose
+from octofold.train.build import kernel_workload
+from octofold.train.models.config import ModelConfig
+from octofold.train.models.moe import MixtureOfExperts
+from octofold.train.precision.apply import apply_precision, forget_weights
+from octofold.train.precision.config import PrecisionConfig
+
+
+def chosen_kernels(
+    shape: ModelConfig, precision: PrecisionConfig, device: torch.device
+) -> tuple[Kernels, list[Choice]]:
+    """What a run of this model would compute with on the device."""
+    return choose(KernelsConfig(), kernel_workload(precision, shape, device, torch.bfloat16))
+
+
+def moe_step(
+    shape: ModelConfig, precision: PrecisionConfig, device: torch.device, *, tokens: int, anew: bool
+) -> Callable[[], None]:
+    """A call that runs one layer of experts, shared ones included, forward and backward.
+
+    Weights are BF16, as FSDP2 gathers them. Every contestant has the same weights, tokens and gradients, so the gate
+    sends the same rows to the same experts.
+
+    Args:
+        anew: quantise the weights in every call, as a step of a single micro-batch does; else they are kept.
+    """
+    torch.manual_seed(0)
+    kernels, _ = chosen_kernels(shape, precision, device)
+    with device:
+        layer: nn.Module = MixtureOfExperts(shape, 0, kernels)
+        apply_precision(layer, precision, kernels)
+        for parameter in layer.parameters():
+            parameter.data = torch.randn(parameter.shape, dtype=torch.bfloat16) * shape.initializer_range
+        x_BSD, grad_BSD = (torch.randn(1, tokens, shape.hidden_size, dtype=torch.bfloat16) for _ in range(2))
+    x_BSD.requires_grad_()
+
+    def step() -> None:
+        if anew:
+            forget_weights(layer)
+        layer(x_BSD).backward(grad_BSD)
+        for tensor in (x_BSD, *layer.parameters()):
+            tensor.grad = None
+
+    return step
