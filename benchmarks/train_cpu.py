@@ -2,10 +2,11 @@
 
     .venv/bin/python benchmarks/train_cpu.py [--steps 12] [--threads 2]
 
-Both start from the same weights, see the same batches of the standard library's source in the same process with the
-same number of threads, and take the same AdamW steps. The three contestants take turns step by step, so that a drift of
-the machine's speed meets all of them. Printed: the median tokens per second, their ratios, and the loss of the last
-step, which must agree for the ratios to mean anything.
+All start from the same weights, see the same batches of the standard library's source in the same process with the
+same number of threads, and take the same AdamW steps; Octofold in BF16 and in emulated FP8 (precision=fp8_block, with
+the moments of the others). The contestants take turns step by step, so that a drift of the machine's speed meets all of
+them. Printed: the median tokens per second, their ratios, and the loss of the last step, which must agree for the
+ratios to mean anything.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,9 +29,11 @@ from octofold.train.data.build import build_data
 from octofold.train.data.config import DataConfig
 from octofold.train.loss import summed_cross_entropy
 from octofold.train.models.config import BalanceConfig, ModelConfig
+from octofold.train.precision.config import PrecisionConfig
 
 SEQUENCES, LENGTH = 8, 512
 MODEL = ModelConfig(name="moe_10m", balance=BalanceConfig(bias_update_rate=0.0))
+FP8 = PrecisionConfig("fp8_block", arithmetic="emulate")
 OPTIM = OptimConfig(lr=1e-3, schedule="constant", warmup_steps=10)
 
 Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], float]
@@ -131,6 +135,7 @@ def main() -> None:
         weights = {name: tensor.clone() for name, tensor in peers[0].state_dict().items()}
         contestants = {
             "octofold bf16": octofold_step(config, vocab_size, weights),
+            "octofold fp8 emulated": octofold_step(replace(config, precision=FP8), vocab_size, weights),
             "transformers fp32": peer_step(peers[0], autocast=False),
             "transformers bf16 autocast": peer_step(peers[1], autocast=True),
         }

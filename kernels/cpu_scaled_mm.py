@@ -1,8 +1,8 @@
 """Products of quantised matrices on CPUs: dequantised to BF16 and multiplied there, with sums in FP32.
 
 An E4M3 or E5M2 number times a power of two is exact in BF16, so with such scales the result is the FP8 product up to
-the rounding of its output. With FP32 scales each operand is rounded to BF16 as well (2^-8 relative at most). FP32 results come
-from FP32 products of operands that are not rounded.
+the rounding of its output. With FP32 scales each operand is rounded to BF16 as well (2^-8 relative at most). FP32
+results come from FP32 products of operands that are not rounded.
 """
 
 import torch

@@ -14,7 +14,7 @@ PUBLISHED_LEAST_AMAX = 1e-4
 """What DeepSeek's quantiser takes for the largest element of a tile that has none as large. Right for weights; it would
 flush gradients, which are far smaller."""
 LEAST_SCALE = 2.0**-126
-"""The smallest normal FP32 number: no tile is divided by less, not even one of zeros."""
+"""The smallest normal FP32 number: no tile is divided by less. One of zeros is by this, or by 1 under ue8m0."""
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ def why_unsupported(workload: Workload) -> str | None:
     if workload.device_type == "cuda" and not torch.cuda.is_available():
         return "torch finds no NVIDIA GPU"
     if workload.device_type == "cuda":
-        capability = torch.cuda.get_device_capability()
+        capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
         if capability < FP8_CAPABILITY:
-            return f"needs a GPU that multiplies FP8 (compute capability 8.9), this one has {capability}"
+            return "needs a GPU that multiplies FP8 (compute capability 8.9)"
         known = WHOLE + (BLOCKS if capability == HOPPER and _cuda_version() >= BLOCKS_CUDA else [])
         if workload.dtype != torch.bfloat16 and any(tile != (0, 0) for tile in tiles):
             return "returns BF16 only, unless all of a tensor shares a scale"

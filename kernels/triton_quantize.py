@@ -42,10 +42,8 @@ def quantize_groups(
 ) -> QTensor:
     """As kernels/reference/quantize.py, without a host synchronisation."""
     groups = _Groups.of(x_ND, counts_E, format.tile[1] or GROUP_UNIT)
-    given = None if scale is None or scale.dim() < 2 else scale.mT
-    return _quantize(
-        _Source(x_ND, groups=groups), format.transposed, transpose=True, given=scale if given is None else given
-    )
+    turned = scale.mT if scale is not None and scale.dim() >= 2 else scale
+    return _quantize(_Source(x_ND, groups=groups), format.transposed, transpose=True, given=turned)
 
 
 def swiglu_quantize(gate_up: torch.Tensor, format: Format, *, scale: torch.Tensor | None = None) -> QTensor:
@@ -206,7 +204,7 @@ def _quantize(
 
 
 def _tile_and_goal(source: _Source, tile: tuple[int, int], transpose: bool) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Tiles whose largest magnitude one program finds (0: no program sees the whole extent), and a program's numbers."""
+    """Tiles whose largest magnitude one program finds (0: none sees the whole extent), and a program's numbers."""
     along_columns = source.along_columns
     if along_columns == transpose:
         return tile, (TURNED, TURNED)

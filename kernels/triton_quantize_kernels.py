@@ -5,6 +5,9 @@ WIDE are the tile's lengths filled up to powers of two, as Triton wants them, an
 Magnitudes are compared as integers, by their bits: that orders them as numbers, with infinity and then NaN last.
 """
 
+# Only constants of compilation carry annotations, since those alone mean something to Triton.
+# mypy: allow-incomplete-defs
+
 import triton
 import triton.language as tl
 
@@ -34,9 +37,15 @@ def _places(tile, length, LENGTH: tl.constexpr):
 
 
 @triton.jit
-def _load(x_ptr, strides, row, column, inside, columns, SWIGLU: tl.constexpr):
+def _at(x_ptr, strides, matrix, row, column):
+    """Pointers to places of a matrix of a stack."""
+    return x_ptr + matrix * strides[0] + row * strides[1] + column * strides[2]
+
+
+@triton.jit
+def _load(x_ptr, strides, matrix, row, column, inside, columns, SWIGLU: tl.constexpr):
     """FP32 [TILES_R, HIGH, TILES_C, WIDE], zero outside; with SWIGLU silu(gate) · up of two columns `columns` apart."""
-    pointers = x_ptr + row[:, :, None, None] * strides[1] + column[None, None, :, :] * strides[2]
+    pointers = _at(x_ptr, strides, matrix, row[:, :, None, None], column[None, None, :, :])
     x = tl.load(pointers, mask=inside, other=0).to(tl.float32)
     if SWIGLU:
         up = tl.load(pointers + columns * strides[2], mask=inside, other=0).to(tl.float32)
@@ -72,7 +81,7 @@ def amax_kernel(
     row, own_row = _places(tile_r, high, HIGH)
     column, own_column = _places(tile_c, wide, WIDE)
     inside = (own_row & (row < rows))[:, :, None, None] & (own_column & (column < columns))[None, None, :, :]
-    x = _load(x_ptr + matrix * x_strides[0], x_strides, row, column, inside, columns, SWIGLU)
+    x = _load(x_ptr, x_strides, matrix, row, column, inside, columns, SWIGLU)
     into = amax_ptr + (matrix * tile_rows + tile_r[:, None]) * tile_columns + tile_c[None, :]
     tl.store(into, _amax_bits(x), mask=(tile_r < tile_rows)[:, None] & (tile_c < tile_columns)[None, :])
 
@@ -87,6 +96,18 @@ def _scale_bits(amax_bits, LARGEST: tl.constexpr, E8M0: tl.constexpr, LEAST_AMAX
         raised = ((bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)) << 23
         bits = tl.where(bits == 0, ONE_BITS, raised)
     return tl.where(amax_bits < INFINITY_BITS, tl.maximum(bits, 1 << 23), NAN_BITS)
+
+
+@triton.jit
+def _divide(x, scale_bits, POWERS_OF_TWO: tl.constexpr):
+    """Each number of a block over the scale of its tile, rounded as IEEE 754 says."""
+    if POWERS_OF_TWO:
+        # The reciprocal of a normal one is one too, so that the product is the quotient.
+        inverse_bits = tl.where(scale_bits < INFINITY_BITS, (254 << 23) - scale_bits, NAN_BITS)
+        return x * inverse_bits.to(tl.float32, bitcast=True)[:, None, :, None]
+    else:
+        scale = scale_bits.to(tl.float32, bitcast=True)[:, None, :, None]
+        return tl.math.div_rn(x, tl.broadcast_to(scale, x.shape))
 
 
 @triton.jit
@@ -160,43 +181,27 @@ def quantize_kernel(
     column, own_column = _places(tile_c, wide, WIDE)
     own_row, own_column = own_row & (row < rows), own_column & (column < columns)
     source_row, filled_row = row, own_row
-    is_tile_r, is_tile_c = tile_r < tile_rows, tile_c < tile_columns
+    is_tile_r = tile_r < tile_rows
     if starts_ptr is not None:
         start = tl.load(starts_ptr + tile_r, mask=is_tile_r, other=0)[:, None]
         source_row = start + tl.arange(0, HIGH)[None, :]
         filled_row = own_row & (source_row < tl.load(ends_ptr + tile_r, mask=is_tile_r, other=0)[:, None])
     inside = filled_row[:, :, None, None] & own_column[None, None, :, :]
-    x = _load(x_ptr + matrix * x_strides[0], x_strides, source_row, column, inside, columns, SWIGLU)
-
-    is_tile = is_tile_r[:, None] & is_tile_c[None, :]
+    x = _load(x_ptr, x_strides, matrix, source_row, column, inside, columns, SWIGLU)
+    place_r, place_c, is_tile = tile_r[:, None], tile_c[None, :], is_tile_r[:, None] & (tile_c < tile_columns)[None, :]
     if amax_ptr is None:
         amax_bits = _amax_bits(x)
     else:
-        from_amax = amax_ptr + matrix * amax_strides[0]
-        from_amax += tile_r[:, None] * amax_strides[1] + tile_c[None, :] * amax_strides[2]
-        amax_bits = tl.load(from_amax, mask=is_tile, other=0)
+        amax_bits = tl.load(_at(amax_ptr, amax_strides, matrix, place_r, place_c), mask=is_tile, other=0)
     if given_ptr is None:
         scale_bits = _scale_bits(amax_bits, LARGEST, E8M0, LEAST_AMAX)
     else:
-        from_given = given_ptr + matrix * given_strides[0]
-        from_given += tile_r[:, None] * given_strides[1] + tile_c[None, :] * given_strides[2]
-        given = tl.load(from_given, mask=is_tile, other=1)
+        given = tl.load(_at(given_ptr, given_strides, matrix, place_r, place_c), mask=is_tile, other=1)
         scale_bits = tl.where(amax_bits < INFINITY_BITS, given.to(tl.int32, bitcast=True), NAN_BITS)
-
-    if E8M0 and given_ptr is None:
-        # The reciprocal of a power of two is one too, so that the product is the quotient.
-        inverse_bits = tl.where(scale_bits < INFINITY_BITS, (254 << 23) - scale_bits, NAN_BITS)
-        scaled = x * inverse_bits.to(tl.float32, bitcast=True)[:, None, :, None]
-    else:
-        divisor = scale_bits.to(tl.float32, bitcast=True)[:, None, :, None]
-        scaled = tl.math.div_rn(x, tl.broadcast_to(divisor, x.shape))
-    into = data_ptr + matrix * data_strides[0]
-    into += row[:, :, None, None] * data_strides[1] + column[None, None, :, :] * data_strides[2]
-    written = own_row[:, :, None, None] & own_column[None, None, :, :]
-    tl.store(into, _eight_bits(scaled, LARGEST, MANTISSA, IN_INTEGERS), mask=written)
-
-    into_scale = scale_ptr + matrix * scale_strides[0]
-    into_scale += tile_r[:, None] * scale_strides[1] + tile_c[None, :] * scale_strides[2]
+    code = _eight_bits(_divide(x, scale_bits, E8M0 and given_ptr is None), LARGEST, MANTISSA, IN_INTEGERS)
+    into = _at(data_ptr, data_strides, matrix, row[:, :, None, None], column[None, None, :, :])
+    tl.store(into, code, mask=own_row[:, :, None, None] & own_column[None, None, :, :])
+    into_scale = _at(scale_ptr, scale_strides, matrix, place_r, place_c)
     if E8M0:
         tl.store(into_scale, ((scale_bits >> 23) & NAN_BYTE).to(tl.uint8), mask=is_tile)
     else:

@@ -32,8 +32,9 @@ def why_unsupported(workload: Workload) -> str | None:
         return reason
     if workload.accumulation != "fp32":
         return f"adds in FP32, not as {workload.accumulation}"
-    if workload.device_type == "cuda" and (found := torch.cuda.get_device_capability()) < FP8_DOT_CAPABILITY:
-        return f"needs a GPU that multiplies FP8 (compute capability 8.9), this one has {found[0]}.{found[1]}"
+    on_gpu = workload.device_type == "cuda" and torch.cuda.is_available()
+    if on_gpu and torch.cuda.get_device_capability() < FP8_DOT_CAPABILITY:
+        return "needs a GPU that multiplies FP8 (compute capability 8.9)"
     return None
 
 
@@ -118,11 +119,8 @@ def _tiles(a: QTensor, b: QTensor, terms: int) -> dict[str, Any]:
         step = gcd(step, LONGEST_STEP)
     block = max(SHORTEST_BLOCK, _power_of_two(step))
     return {
-        "A_TILE": a.format.tile,
-        "B_TILE": b.format.tile,
-        "STEP": step,
-        "MASKED": bool(terms % step) or step < block,
-        "BLOCK_K": block,
+        "TILES": (*a.format.tile, *b.format.tile),
+        "STEPS": (step, block, bool(terms % step) or step < block),
         "ALIGNED": step == block and _is_aligned(a.data) and _is_aligned(b.data),
     }
 
@@ -148,7 +146,9 @@ def _launch(op: str, grid: Any, operands: tuple[Any, ...], rows: int, constants:
 
     kernel, blocks = TUNED[op], {}
     if interpreted():
-        kernel, blocks = kernel.fn, possible(CONFIGS[::-1], {}, **constants)[-1].kwargs
+        # Nothing to measure: the smallest blocks, with TMA where it could copy.
+        configs = possible(CONFIGS, {}, **constants)
+        kernel, blocks = kernel.fn, min((c.kwargs for c in configs), key=lambda c: c["BLOCK_M"] * c["BLOCK_N"])
     # For TMA's descriptors. What is set is known to this thread alone, and autograd has several.
     set_allocator(_workspace)
     kernel[grid](*operands, _power_of_two(rows), **constants, **blocks)

@@ -27,7 +27,7 @@ CONFIGS = [
         (64, 128, 4, 4),
     )
 ]
-TUNED_FOR = ["size_class", "columns", "terms", "BLOCK_K", "ALIGNED"]
+TUNED_FOR = ["size_class", "columns", "terms", "STEPS", "ALIGNED"]
 
 
 @triton.jit
@@ -64,29 +64,23 @@ def _descriptor(x, last, end, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _product(
-    a,
-    a_first,
-    a_last,
-    b,
-    b_first,
-    b_last,
-    start,
-    terms,
-    A_TILE: tl.constexpr,
-    B_TILE: tl.constexpr,
-    STEP: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr,
-):
+def _product(a, a_first, a_last, b, b_first, b_last, start, terms, TILES: tl.constexpr, STEPS: tl.constexpr, blocks):
     """a bᵀ for BLOCK_M rows of a from `a_first` and BLOCK_N of b from `b_first`, over `terms` columns from `start`.
 
-    Rows beyond the last, `a_last` and `b_last`, are any numbers. BLOCK_K is STEP filled up to what tensor cores take.
+    An operand is (data, scales, strides of data, strides of scales). Rows beyond the last, `a_last` and `b_last`, give
+    any numbers. STEPS: terms of a step, these filled up to what tensor cores take, and whether loads have to be masked.
     FP32 [BLOCK_M, BLOCK_N]; zero without terms.
     """
+    A_HIGH: tl.constexpr = TILES[0]
+    A_WIDE: tl.constexpr = TILES[1]
+    B_HIGH: tl.constexpr = TILES[2]
+    B_WIDE: tl.constexpr = TILES[3]
+    STEP: tl.constexpr = STEPS[0]
+    BLOCK_K: tl.constexpr = STEPS[1]
+    MASKED: tl.constexpr = STEPS[2]
+    BLOCK_M: tl.constexpr = blocks[0]
+    BLOCK_N: tl.constexpr = blocks[1]
+    TMA: tl.constexpr = blocks[2]
     a_row = tl.minimum(a_first + tl.arange(0, BLOCK_M), a_last).to(tl.int64)
     b_row = tl.minimum(b_first + tl.arange(0, BLOCK_N), b_last).to(tl.int64)
     inner = tl.arange(0, BLOCK_K)
@@ -97,8 +91,8 @@ def _product(
         column = tl.cast(start, tl.int64) + inner
         a_ptrs = a[0] + a_row[:, None] * a[2][0] + column[None, :] * a[2][1]
         b_ptrs = b[0] + b_row[None, :] * b[2][0] + column[:, None] * b[2][1]
-    a_scale_ptrs = a[1] + _scale_rows(a_first, a_row, A_TILE[0], BLOCK_M) * a[3][0]
-    b_scale_ptrs = b[1] + _scale_rows(b_first, b_row, B_TILE[0], BLOCK_N) * b[3][0]
+    a_scale_ptrs = a[1] + _scale_rows(a_first, a_row, A_HIGH, BLOCK_M) * a[3][0]
+    b_scale_ptrs = b[1] + _scale_rows(b_first, b_row, B_HIGH, BLOCK_N) * b[3][0]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for done in range(0, terms, STEP):
         offset = tl.cast(done, tl.int64)
@@ -116,15 +110,15 @@ def _product(
             y = tl.load(b_ptrs + offset * b[2][1])
         part = tl.dot(x, y)
         # One after the other: the product of two small scales may be no normal number.
-        if A_TILE[1]:
-            part *= _fp32(tl.load(a_scale_ptrs + (start + done) // A_TILE[1] * a[3][1]))[:, None]
-        if B_TILE[1]:
-            part *= _fp32(tl.load(b_scale_ptrs + (start + done) // B_TILE[1] * b[3][1]))[None, :]
+        if A_WIDE:
+            part *= _fp32(tl.load(a_scale_ptrs + (start + done) // A_WIDE * a[3][1]))[:, None]
+        if B_WIDE:
+            part *= _fp32(tl.load(b_scale_ptrs + (start + done) // B_WIDE * b[3][1]))[None, :]
         total += part
     if terms > 0:
-        if not A_TILE[1]:
+        if not A_WIDE:
             total *= _fp32(tl.load(a_scale_ptrs))[:, None]
-        if not B_TILE[1]:
+        if not B_WIDE:
             total *= _fp32(tl.load(b_scale_ptrs))[None, :]
     return total
 
@@ -164,11 +158,8 @@ def scaled_mm_kernel(
     columns,
     terms,
     size_class,
-    A_TILE: tl.constexpr,
-    B_TILE: tl.constexpr,
-    STEP: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    TILES: tl.constexpr,
+    STEPS: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -178,22 +169,7 @@ def scaled_mm_kernel(
     block_m, block_n = _block_of(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N))
     first_row, first_column = block_m * BLOCK_M, block_n * BLOCK_N
     total = _product(
-        a,
-        first_row,
-        rows - 1,
-        b,
-        first_column,
-        columns - 1,
-        0,
-        terms,
-        A_TILE,
-        B_TILE,
-        STEP,
-        MASKED,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        TMA,
+        a, first_row, rows - 1, b, first_column, columns - 1, 0, terms, TILES, STEPS, (BLOCK_M, BLOCK_N, TMA)
     )
     _store(out_ptr, total, first_row, rows, first_column, columns, BLOCK_M, BLOCK_N)
 
@@ -209,11 +185,8 @@ def scaled_grouped_mm_kernel(
     terms,
     groups,
     size_class,
-    A_TILE: tl.constexpr,
-    B_TILE: tl.constexpr,
-    STEP: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    TILES: tl.constexpr,
+    STEPS: tl.constexpr,
     ALIGNED: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -238,22 +211,7 @@ def scaled_grouped_mm_kernel(
     matrix = group.to(tl.int64)
     own = (b[0] + matrix * b[2][0], b[1] + matrix * b[3][0], (b[2][1], b[2][2]), (b[3][1], b[3][2]))
     total = _product(
-        a,
-        first_row,
-        group_end - 1,
-        own,
-        first_column,
-        columns - 1,
-        0,
-        terms,
-        A_TILE,
-        B_TILE,
-        STEP,
-        MASKED,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        TMA,
+        a, first_row, group_end - 1, own, first_column, columns - 1, 0, terms, TILES, STEPS, (BLOCK_M, BLOCK_N, TMA)
     )
     _store(out_ptr, total, first_row, group_end, first_column, columns, BLOCK_M, BLOCK_N)
 
@@ -269,11 +227,8 @@ def scaled_grouped_inner_mm_kernel(
     terms,
     groups,
     size_class,
-    A_TILE: tl.constexpr,
-    B_TILE: tl.constexpr,
-    STEP: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    TILES: tl.constexpr,
+    STEPS: tl.constexpr,
     ALIGNED: tl.constexpr,
     UNIT: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -289,25 +244,10 @@ def scaled_grouped_inner_mm_kernel(
     start = tl.sum(tl.where(group_E < group, tl.cdiv(counts_E, UNIT), 0)) * UNIT
     count = tl.sum(tl.where(group_E == group, counts_E, 0))
     # With 64 bits the compiler would not overlap copies and products.
-    own_terms = (tl.cdiv(count, STEP) * STEP).to(tl.int32)
+    own_terms = (tl.cdiv(count, STEPS[0]) * STEPS[0]).to(tl.int32)
     first_row, first_column = block_m * BLOCK_M, block_n * BLOCK_N
     total = _product(
-        a,
-        first_row,
-        rows - 1,
-        b,
-        first_column,
-        columns - 1,
-        start,
-        own_terms,
-        A_TILE,
-        B_TILE,
-        STEP,
-        MASKED,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        TMA,
+        a, first_row, rows - 1, b, first_column, columns - 1, start, own_terms, TILES, STEPS, (BLOCK_M, BLOCK_N, TMA)
     )
     out_ptr += group.to(tl.int64) * rows * columns
     _store(out_ptr, total, first_row, rows, first_column, columns, BLOCK_M, BLOCK_N)

@@ -34,7 +34,7 @@ def interpreted() -> bool:
 
 
 def casts_in_integers(device: torch.device) -> bool:
-    """Whether kernels have to round to eight bits themselves: older GPUs cannot, and the interpreter rounds E4M3 wrongly.
+    """Whether kernels round to eight bits themselves: older GPUs cannot, and the interpreter rounds E4M3 wrongly.
 
     Either way the results are the same.
     """

@@ -9,8 +9,8 @@ import torch
 from octofold.backends.errors import ConfigError
 from octofold.kernels import cpu_attention, torch_grouped_mm
 from octofold.kernels.config import KernelsConfig
-from octofold.kernels.reference import grouped_mm as reference_grouped_mm
 from octofold.kernels.qtensor import Format
+from octofold.kernels.reference import grouped_mm as reference_grouped_mm
 from octofold.kernels.registry import FP8_OPS, PROVIDERS, Workload, choose
 
 CPU = Workload("cpu", torch.bfloat16, (64, 32))

@@ -152,8 +152,10 @@ def test_the_table_tells_weights_products_what_is_kept_and_sent():
     assert "20 x fp8_block" in rows["attention projections"]
     assert rows["experts' exchange"].startswith("tokens to experts E4M3 1x128 2^n, back BF16")
     assert "FP32" in rows["gate, norms, attention core"]
+    assert rows["weights gathered, gradients summed"] == "BF16, FP32"
+    assert "kept in FP8" in rows["shared experts"]
     stored = plan_rows(replace(precision, arithmetic="storage"), names, compute_dtype=torch.bfloat16, sends=False)
-    assert "products BF16, saves E4M3" in stored["dense feed-forward"]
+    assert "products BF16; saves E4M3" in stored["dense feed-forward"]
     assert "experts' exchange" not in stored
 
 

@@ -112,6 +112,7 @@ def plan_rows(
         if names:
             parts = [text if len(counts) == 1 else f"{number} x {text}" for text, number in counts.items()]
             rows[kind] = " | ".join(parts)
+    rows["weights gathered, gradients summed"] = f"{plain}, {'FP64' if plain == 'FP64' else 'FP32'}"
     rows["gate, norms, attention core"] = f"{plain} with FP32 inside" if plain == "BF16" else plain
     return rows
 
@@ -123,13 +124,14 @@ def _described(recipe: Recipe | None, precision: PrecisionConfig, plain: str, *,
         return f"rows kept {_format(recipe.activation)}"
     saved = _format(recipe.activation) if recipe.saves_fp8 else plain
     if recipe.arithmetic == "storage":
-        return f"{recipe.name}: products {plain}, saves {saved}"
+        return f"{recipe.name}: products {plain}; saves {saved}"
     products = _format(recipe.activation) + " x " + _format(recipe.weight)
     gradients = "" if recipe.gradient.dtype == E4M3 else ", gradients E5M2"
     how = {"native": "FP8 products", "emulate": "emulated products"}[precision.arithmetic]
     sums = "" if recipe.accumulation == "fp32" else ", sums as Hopper's"
     delayed = ", scales from past steps" if recipe.delayed else ""
-    return f"{recipe.name}: {how} {products}{gradients}{sums}{delayed}; saves {saved}"
+    kept = "kept in FP8 until the next update" if precision.keep_weights else "quantised at each use"
+    return f"{recipe.name}: {how} {products}{gradients}{sums}{delayed}; saves {saved}; weights {kept}"
 
 
 def _format(format: Format) -> str:
