@@ -21,8 +21,11 @@ from octofold.kernels.qtensor import Format, QTensor
 from octofold.kernels.recipe import Recipe
 from octofold.kernels.reference.quantize import scales_of
 from octofold.kernels.registry import Kernels
+from octofold.kernels.torch_swiglu import swiglu_backward
 
 ACTIVATION, WEIGHT, GRADIENT = range(3)
+HISTORY = "amax_history_KH"
+"""The name of the buffer that delayed scaling keeps from step to step."""
 TENSOR_KINDS = ("activation", "weight", "gradient")
 
 
@@ -74,7 +77,7 @@ class Fp8State(nn.Module):
         if recipe.delayed:
             kinds = len(TENSOR_KINDS)
             # Largest magnitudes of the last steps, newest first, and of this step.
-            self.register_buffer("amax_history_KH", torch.zeros(kinds, amax_history, dtype=torch.float32))
+            self.register_buffer(HISTORY, torch.zeros(kinds, amax_history, dtype=torch.float32))
             self.register_buffer("amax_K", torch.zeros(kinds, dtype=torch.float32), persistent=False)
 
     def forget(self) -> None:
@@ -115,9 +118,11 @@ class Fp8State(nn.Module):
         """w as the forward product wants it."""
         return self._kept_or("forward", lambda: self._quantized_weight(weight, self.recipe.weight, turned=False))
 
-    def turned_weight(self, weight: torch.Tensor) -> QTensor:
-        """wᵀ as the input gradient wants it."""
+    def turned_weight(self, weight: torch.Tensor | None) -> QTensor:
+        """wᵀ as the input gradient wants it; None: as it was kept."""
         recipe = self.recipe
+        if weight is None:
+            return self._kept["turned"] if "turned" in self._kept else self._kept["forward"].t()
         if recipe.weight == recipe.turned_weight.transposed and not weight.is_cuda:
             return self.weight(weight).t()
         # GPUs multiply FP8 only where what is summed over is contiguous.
@@ -190,6 +195,8 @@ class _Linear(torch.autograd.Function):
         recipe, kernels = state.recipe, state.kernels
         active = kernels.swiglu(x.float()) if swiglu and (recipe.delayed or state.observer is not None) else x
         scale = state.scale(ACTIVATION, active, recipe.activation)
+        # Kept quantised, the weight need not be: it may be a copy, of two weights joined.
+        drops_weight = state.keep_weights and state.observer is None
         quantize = kernels.swiglu_quantize if swiglu else kernels.quantize
         x_q, w_q = quantize(x, recipe.activation, scale=scale), state.weight(weight)
         out = _rows_product(state, x_q, w_q, counts_E, x.dtype)
@@ -206,7 +213,9 @@ class _Linear(torch.autograd.Function):
             kept = (inputs.data, inputs.scale)
         else:
             kept = (x_q.data, x_q.scale)
-        ctx.save_for_backward(*kept, counts_E, weight)
+        if drops_weight and any(ctx.needs_input_grad):
+            state.turned_weight(weight)
+        ctx.save_for_backward(*kept, counts_E, None if drops_weight else weight)
         return out
 
     @staticmethod
@@ -235,7 +244,7 @@ class _Linear(torch.autograd.Function):
             if observer is not None:
                 observer.product("weight_gradient", grad, active, grad_w, counts_E, "inner")
         if ctx.swiglu:
-            grad_x = _swiglu_backward(x, grad_x)
+            grad_x = swiglu_backward(x, grad_x)
         return grad_x, grad_w, None, None, None
 
 
@@ -288,13 +297,3 @@ def _again(state: Fp8State, format: Format, kind: int) -> torch.Tensor | None:
         return None
     past = state.amax_history_KH[kind].amax()
     return scales_of(torch.where(past > 0, past, state.amax_K[kind]), format)
-
-
-def _swiglu_backward(gate_up: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """The gradient of gate_up [M, 2·K] from that of its SwiGLU [M, K]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    grad_gate_up = torch.empty_like(gate_up)
-    grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-    torch.mul(grad, F.silu(gate), out=grad_up)
-    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-    return grad_gate_up

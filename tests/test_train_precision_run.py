@@ -94,6 +94,19 @@ def test_resume_is_bit_for_bit(corpus, ranks, tmp_path, name):
     assert all((history > 0).all() for history in histories), "three steps of three kinds"
 
 
+def test_a_run_may_go_on_under_another_recipe(corpus, ranks, tmp_path):
+    """Delayed scaling begins its history where the checkpoint has none, and leaves one behind that nobody wants."""
+    delayed = fp8_run(corpus, 1, name="fp8_tensor_delayed", amax_history=2, train={"steps": 2})
+    run_tasks.alone(run_tasks.run, delayed, tmp_path)
+    for name in ("fp8_block", "fp8_tensor_delayed"):
+        step = 4 if name == "fp8_block" else 6
+        config = fp8_run(corpus, 1, name=name, amax_history=2, train={"steps": step}, resume=str(tmp_path))
+        outcome = run_tasks.alone(run_tasks.run, config, tmp_path)
+        assert outcome["progress"]["step"] == step
+    histories = [values for tensor, values in outcome["tensors"].items() if "amax_history" in tensor]
+    assert all((history > 0).all() for history in histories)
+
+
 def test_histories_are_those_of_all_ranks(corpus, ranks, tmp_path):
     """Each of two ranks sees half of the batch, and both end with the largest magnitudes of all of it."""
     config = {"name": "fp8_tensor_delayed", "amax_history": 2, "train": {"steps": 1}}

@@ -24,10 +24,16 @@ def write_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
 
+OPTIONAL = "precision."
+"""State of an FP8 recipe: a run may go on under another one, which has none or begins it afresh."""
+
+
 def read_tensors(
     folder: Path, tensors: dict[str, torch.Tensor], *, whole: bool = True, block: int | None = None
 ) -> None:
     """Collective: fill `tensors`, on any layout and in their own dtype, in place from a checkpoint.
+
+    Those whose names begin with `OPTIONAL` stay as they are where the checkpoint lacks them.
 
     Args:
         whole: also refuse a checkpoint that holds tensors not asked for.
@@ -44,11 +50,11 @@ def read_tensors(
             raise UserError(f"{path} cannot be read: {error}{REMEDY}") from None
     reader = HuggingFaceStorageReader(str(folder))
     saved = reader.read_metadata().state_dict_metadata
+    tensors = {name: tensor for name, tensor in tensors.items() if name in saved or not name.startswith(OPTIONAL)}
     faults = [f"{name}: not in the checkpoint" for name in tensors if name not in saved]
     if whole:
-        faults += [
-            f"{name}: in the checkpoint only" for name in saved if name.removesuffix(SCALE_SUFFIX) not in tensors
-        ]
+        spare = [name for name in saved if name.removesuffix(SCALE_SUFFIX) not in tensors]
+        faults += [f"{name}: in the checkpoint only" for name in spare if not name.startswith(OPTIONAL)]
     for name in sorted(saved.keys() & tensors.keys()):
         entry = saved[name]
         assert isinstance(entry, TensorStorageMetadata)  # nothing else is written

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from octofold.kernels.fp8 import HISTORY
 from octofold.parallel.norm import global_norm
 from octofold.train.precision.loss_scale import LossScaler
 
@@ -44,11 +45,14 @@ class StepResult:
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers (expert biases) under the names a checkpoint gives them."""
+    """Parameters and persistent buffers under the names a checkpoint gives them.
+
+    `model.…` for what makes up the model (expert biases too), `precision.…` for the state of FP8 recipes.
+    """
     saved = model.state_dict().keys()  # less the buffers that are not kept
     # Each parameter once: a tied head has no name of its own here.
     named = [*model.named_parameters(), *((name, buffer) for name, buffer in model.named_buffers() if name in saved)]
-    return {f"model.{name}": tensor.detach() for name, tensor in named}
+    return {f"{'precision' if name.endswith(HISTORY) else 'model'}.{name}": tensor.detach() for name, tensor in named}
 
 
 class NativeEngine:
