@@ -31,6 +31,7 @@ def scaled_mm(
     a: QTensor, b: QTensor, *, out_dtype: torch.dtype = torch.bfloat16, accumulation: str = "fp32"
 ) -> torch.Tensor:
     """As kernels/reference/scaled_mm.py."""
+    assert accumulation == "fp32"
     return dequantize(a, out_dtype) @ dequantize(b, out_dtype).mT
 
 
@@ -43,6 +44,7 @@ def scaled_grouped_mm(
     accumulation: str = "fp32",
 ) -> torch.Tensor:
     """As kernels/reference/scaled_mm.py."""
+    assert accumulation == "fp32"
     sizes = counts_E.tolist()
     a, b = dequantize(a_NK, out_dtype), dequantize(b_EFK, out_dtype)
     out_NF = a.new_empty(a.shape[0], b.shape[1])
@@ -60,6 +62,7 @@ def scaled_grouped_inner_mm(
     accumulation: str = "fp32",
 ) -> torch.Tensor:
     """As kernels/reference/scaled_mm.py."""
+    assert accumulation == "fp32"
     unit = a_FT.format.tile[1] or GROUP_UNIT
     a_TF, b_TD = dequantize(a_FT, out_dtype).t(), dequantize(b_DT, out_dtype).t()
     out_EFD = a_TF.new_empty(len(counts_E), a_TF.shape[1], b_TD.shape[1])

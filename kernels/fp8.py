@@ -47,14 +47,17 @@ class Observer(Protocol):
         found: torch.Tensor,
         counts_E: torch.Tensor | None,
         layout: str,
+        source: torch.Tensor | None = None,
     ) -> None:
-        """A product was formed from operands that were `a` and `b` before they were quantised.
+        """A product was formed from operands that were `a` and `b` before anything was quantised.
 
         Args:
             kind: forward, input_gradient or weight_gradient.
             counts_E: of a grouped product, rows of each group.
             layout: rows: found = a bᵀ (of each group's rows with its matrix); inner: found = aᵀ b (over each group's
                 rows).
+            source: of a weight gradient behind a SwiGLU, the SwiGLU's input [M, 2·K], which is what was kept; b is its
+                output.
         """
 
 
@@ -64,16 +67,30 @@ class Fp8State(nn.Module):
     amax_history_KH: torch.Tensor
     amax_K: torch.Tensor
 
-    def __init__(self, recipe: Recipe, kernels: Kernels, *, keep_weights: bool, amax_history: int = 1) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        kernels: Kernels,
+        *,
+        keep_weights: bool,
+        amax_history: int = 1,
+        turned_copies: bool = False,
+    ) -> None:
         """
         Args:
             keep_weights: hold quantised weights until `forget`; else quantise them at each use.
             amax_history: steps remembered for delayed scaling.
+            turned_copies: accelerators multiply FP8 only where what is summed over is contiguous, so that the input
+                gradient wants a transposed weight of its own; CPUs read a view.
         """
         super().__init__()
         self.recipe, self.kernels, self.keep_weights = recipe, kernels, keep_weights
+        self.turned_copies = turned_copies or recipe.weight != recipe.turned_weight.transposed
         self.observer: Observer | None = None
+        self.loss_scale = 1.0
+        """What gradients are multiplied by at present; their history is without it."""
         self._kept: dict[str, QTensor] = {}
+        self._weight_amax: torch.Tensor | None = None
         if recipe.delayed:
             kinds = len(TENSOR_KINDS)
             # Largest magnitudes of the last steps, newest first, and of this step.
@@ -116,16 +133,17 @@ class Fp8State(nn.Module):
 
     def weight(self, weight: torch.Tensor) -> QTensor:
         """w as the forward product wants it."""
-        return self._kept_or("forward", lambda: self._quantized_weight(weight, self.recipe.weight, turned=False))
+        quantized = self._kept_or("forward", lambda: self._quantized_weight(weight, self.recipe.weight, turned=False))
+        if self._weight_amax is not None and self.training:
+            # Also where an evaluation has quantised it.
+            self.amax_K[WEIGHT] = torch.maximum(self.amax_K[WEIGHT], self._weight_amax)
+        return quantized
 
-    def turned_weight(self, weight: torch.Tensor | None) -> QTensor:
-        """wᵀ as the input gradient wants it; None: as it was kept."""
-        recipe = self.recipe
-        if weight is None:
-            return self._kept["turned"] if "turned" in self._kept else self._kept["forward"].t()
-        if recipe.weight == recipe.turned_weight.transposed and not weight.is_cuda:
+    def turned_weight(self, weight: torch.Tensor) -> QTensor:
+        """wᵀ as the input gradient wants it."""
+        if not self.turned_copies:
             return self.weight(weight).t()
-        # GPUs multiply FP8 only where what is summed over is contiguous.
+        recipe = self.recipe
         return self._kept_or("turned", lambda: self._quantized_weight(weight, recipe.turned_weight, turned=True))
 
     def stored(self, x: torch.Tensor) -> torch.Tensor:
@@ -141,10 +159,29 @@ class Fp8State(nn.Module):
         if not self.recipe.delayed:
             return None
         now = x.detach().abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
-        if self.training:
+        if kind == WEIGHT:
+            self._weight_amax = now
+        elif self.training:
             self.amax_K[kind] = torch.maximum(self.amax_K[kind], now)
-        past = self.amax_history_KH[kind].amax()
+        return self._scale_from(now, kind, format)
+
+    def scale_again(self, kind: int, format: Format) -> torch.Tensor | None:
+        """The scale that this step has used already, without a second note."""
+        return self._scale_from(self.amax_K[kind], kind, format) if self.recipe.delayed else None
+
+    def _scale_from(self, now: torch.Tensor, kind: int, format: Format) -> torch.Tensor:
+        past = self.amax_history_KH[kind].amax() * (self.loss_scale if kind == GRADIENT else 1.0)
         return scales_of(torch.where(past > 0, past, now), format)
+
+    @torch.no_grad()
+    def remember(self, amax_K: torch.Tensor) -> None:
+        """Delayed scaling: make the largest magnitudes of a step the newest of the history, and begin the next step."""
+        history_KH = self.amax_history_KH.roll(1, dims=1)
+        history_KH[:, 0] = amax_K
+        history_KH[GRADIENT, 0] /= self.loss_scale
+        self.amax_history_KH.copy_(history_KH)
+        self.amax_K.zero_()
+        self.forget()
 
     def _quantized_weight(self, weight: torch.Tensor, format: Format, *, turned: bool) -> QTensor:
         scale = self.scale(WEIGHT, weight, format)
@@ -165,9 +202,11 @@ class Fp8State(nn.Module):
 
     def _storing(self, x: torch.Tensor, compute: Any) -> torch.Tensor:
         """`compute` with what it keeps of x in FP8."""
+        # The graph keeps the hooks, so they must not keep x.
+        place, numel = x.data_ptr(), x.numel()
 
         def pack(kept: torch.Tensor) -> Any:
-            if not self.recipe.saves_fp8 or kept.data_ptr() != x.data_ptr() or kept.numel() != x.numel():
+            if not self.recipe.saves_fp8 or kept.data_ptr() != place or kept.numel() != numel:
                 return kept
             rows = kept.flatten(0, -2)
             scale = self.scale(ACTIVATION, rows, self.recipe.activation)
@@ -195,14 +234,14 @@ class _Linear(torch.autograd.Function):
         recipe, kernels = state.recipe, state.kernels
         active = kernels.swiglu(x.float()) if swiglu and (recipe.delayed or state.observer is not None) else x
         scale = state.scale(ACTIVATION, active, recipe.activation)
-        # Kept quantised, the weight need not be: it may be a copy, of two weights joined.
-        drops_weight = state.keep_weights and state.observer is None
         quantize = kernels.swiglu_quantize if swiglu else kernels.quantize
         x_q, w_q = quantize(x, recipe.activation, scale=scale), state.weight(weight)
         out = _rows_product(state, x_q, w_q, counts_E, x.dtype)
+        ctx.observed = None
         if state.observer is not None:
             state.observer.tensor("activation", active, x_q)
             state.observer.product("forward", active, weight, out, counts_E, "rows")
+            ctx.observed = (active, weight, x if swiglu else None)
         ctx.state, ctx.swiglu, ctx.dtype = state, swiglu, x.dtype
         ctx.format = recipe.activation if recipe.saves_fp8 else None
         if not recipe.saves_fp8:
@@ -210,12 +249,14 @@ class _Linear(torch.autograd.Function):
         elif swiglu:
             # Not the SwiGLU's output, which is half as wide but would need the input besides.
             inputs = kernels.quantize(x, recipe.activation)
+            if state.observer is not None:
+                state.observer.tensor("activation", x, inputs)
             kept = (inputs.data, inputs.scale)
         else:
             kept = (x_q.data, x_q.scale)
-        if drops_weight and any(ctx.needs_input_grad):
-            state.turned_weight(weight)
-        ctx.save_for_backward(*kept, counts_E, None if drops_weight else weight)
+        # Kept quantised, the weight itself need not be: it may be a copy, of two weights joined.
+        ctx.turned = state.turned_weight(weight) if state.keep_weights and any(ctx.needs_input_grad) else None
+        ctx.save_for_backward(*kept, counts_E, weight if ctx.turned is None else None)
         return out
 
     @staticmethod
@@ -229,20 +270,21 @@ class _Linear(torch.autograd.Function):
         grad = grad.contiguous()
         scale = state.scale(GRADIENT, grad, recipe.gradient)
         grad_q = kernels.quantize(grad, recipe.gradient, scale=scale)
-        turned = state.turned_weight(weight)
+        turned = state.turned_weight(weight) if ctx.turned is None else ctx.turned
         grad_x = _rows_product(state, grad_q, turned, counts_E, ctx.dtype)
         if observer is not None:
             observer.tensor("gradient", grad, grad_q)
-            observer.product("input_gradient", grad, weight.mT, grad_x, counts_E, "rows")
+            observer.product("input_gradient", grad, ctx.observed[1].mT, grad_x, counts_E, "rows")
         grad_w = None
         active = kernels.swiglu(x) if ctx.swiglu else x
         if ctx.needs_input_grad[1]:
-            inner_scale = _again(state, recipe.inner_activation, ACTIVATION)
+            inner_scale = state.scale_again(ACTIVATION, recipe.inner_activation)
             grad_w = _inner_product(
                 state, (grad, recipe.inner_gradient, scale), (active, recipe.inner_activation, inner_scale), counts_E
             )
             if observer is not None:
-                observer.product("weight_gradient", grad, active, grad_w, counts_E, "inner")
+                before, _, source = ctx.observed
+                observer.product("weight_gradient", grad, before, grad_w, counts_E, "inner", source=source)
         if ctx.swiglu:
             grad_x = swiglu_backward(x, grad_x)
         return grad_x, grad_w, None, None, None
@@ -289,11 +331,3 @@ def _inner_product(
     if counts_E is None:
         return kernels.scaled_mm(*turned, **options)
     return kernels.scaled_grouped_inner_mm(*turned, counts_E, **options)
-
-
-def _again(state: Fp8State, format: Format, kind: int) -> torch.Tensor | None:
-    """The delayed scale that the forward pass used, without a second note."""
-    if not state.recipe.delayed:
-        return None
-    past = state.amax_history_KH[kind].amax()
-    return scales_of(torch.where(past > 0, past, state.amax_K[kind]), format)

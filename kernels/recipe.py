@@ -65,6 +65,6 @@ def mx_recipe(name: str, gradient_dtype: torch.dtype, **choices: object) -> Reci
 
 
 def tensor_recipe(name: str, scale: str, gradient_dtype: torch.dtype, **choices: object) -> Recipe:
-    """One scale for each tensor (for each expert's weights)."""
+    """One scale for each tensor: of each expert's weights, but of all experts' together where it is delayed."""
     x, dy = Format((0, 0), scale, E4M3), Format((0, 0), scale, gradient_dtype)
     return Recipe(name, x, x, dy, x, dy, x, **choices)  # type: ignore[arg-type]

@@ -100,8 +100,6 @@ class Workload:
     """How operands are quantised; none in a run without FP8."""
     accumulation: str = "fp32"
     """Of quantised products: fp32 or hopper (`kernels/reference/scaled_mm.py`)."""
-    emulated: bool = False
-    """Quantised products are computed although the device has no FP8 arithmetic."""
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ def scaled_mm(
     a: QTensor, b: QTensor, *, out_dtype: torch.dtype = torch.bfloat16, accumulation: str = "fp32"
 ) -> torch.Tensor:
     """As kernels/reference/scaled_mm.py."""
+    assert accumulation == "fp32"
     by_row = (1, 0) in (a.format.tile, b.format.tile)
     a_MK, scale_a, recipe_a = _operand(a, by_row)
     b_NK, scale_b, recipe_b = _operand(b, by_row)

@@ -42,6 +42,7 @@ def scaled_mm(
     a: QTensor, b: QTensor, *, out_dtype: torch.dtype = torch.bfloat16, accumulation: str = "fp32"
 ) -> torch.Tensor:
     """As kernels/reference/scaled_mm.py."""
+    assert accumulation == "fp32"
     (rows, terms), columns = a.shape, b.shape[0]
     out_MN = torch.empty(rows, columns, dtype=out_dtype, device=a.data.device)
     if out_MN.numel() == 0:
@@ -63,6 +64,7 @@ def scaled_grouped_mm(
     accumulation: str = "fp32",
 ) -> torch.Tensor:
     """As kernels/reference/scaled_mm.py."""
+    assert accumulation == "fp32"
     (rows, terms), (groups, columns) = a_NK.shape, b_EFK.shape[:2]
     out_NF = torch.empty(rows, columns, dtype=out_dtype, device=a_NK.data.device)
     if out_NF.numel() == 0:
@@ -86,6 +88,7 @@ def scaled_grouped_inner_mm(
     accumulation: str = "fp32",
 ) -> torch.Tensor:
     """As kernels/reference/scaled_mm.py."""
+    assert accumulation == "fp32"
     (rows, terms), columns, groups = a_FT.shape, b_DT.shape[0], len(counts_E)
     out_EFD = torch.empty(groups, rows, columns, dtype=out_dtype, device=a_FT.data.device)
     if out_EFD.numel() == 0:

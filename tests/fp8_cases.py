@@ -16,7 +16,7 @@ def why_not(op: str, provider: str, *formats: Format, accumulation: str = "fp32"
     """Why a provider of `op` cannot serve a CPU so."""
     why_unsupported = load_dotted(f"{PROVIDERS[op][provider]}:why_unsupported", "test")
     assert callable(why_unsupported)
-    workload = Workload("cpu", torch.bfloat16, formats=formats, accumulation=accumulation, emulated=True)
+    workload = Workload("cpu", torch.bfloat16, formats=formats, accumulation=accumulation)
     reason: str | None = why_unsupported(workload)
     return reason
 

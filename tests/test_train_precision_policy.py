@@ -14,13 +14,14 @@ from octofold.kernels.config import KernelsConfig
 from octofold.kernels.qtensor import E5M2, Format
 from octofold.kernels.registry import Kernels, Workload, choose
 from octofold.parallel.transport import Transport
-from octofold.train.build import kernel_workload
+from octofold.train.build import fp8_workload
 from octofold.train.models.decoder import Decoder
 from octofold.train.precision.apply import apply_precision, fp8_states, slots
 from octofold.train.precision.config import FP8, LossScaleConfig, OverrideConfig, PrecisionConfig, check
 from octofold.train.precision.policy import plan_rows, recipe_for, require_arithmetic, transport_for
 
 MODEL = replace(TINY, vocab_size=64, num_nextn_predict_layers=1, q_lora_rank=24)
+PLAIN = Workload("cpu", torch.bfloat16, (64, 32))
 
 
 def kernels() -> Kernels:
@@ -92,7 +93,7 @@ def test_an_override_that_matches_nothing_is_refused():
 @pytest.mark.parametrize("name", FP8)
 def test_kernels_are_chosen_for_every_format_of_the_run(name):
     precision = PrecisionConfig(name, overrides=[OverrideConfig("*.o_proj", name="mxfp8", accumulation="hopper")])
-    workload = kernel_workload(precision, MODEL, torch.device("cpu"), torch.bfloat16)
+    workload = fp8_workload(PLAIN, precision, [module for module, _, _ in slots(model(precision))])
     for module in ("layers.0.mlp.up_proj", "layers.0.self_attn.o_proj"):
         recipe = recipe_for(precision, module)
         assert recipe is not None
@@ -100,9 +101,19 @@ def test_kernels_are_chosen_for_every_format_of_the_run(name):
     assert workload.accumulation == "hopper"
     _, choices = choose(KernelsConfig(), workload)
     assert {choice.provider for choice in choices if choice.op.startswith("scaled_")} == {"reference"}
-    plain = kernel_workload(PrecisionConfig("bf16"), MODEL, torch.device("cpu"), torch.bfloat16)
-    assert plain.formats == ()
-    assert all("quantize" not in choice.op for choice in choose(KernelsConfig(), plain)[1])
+
+
+def test_kernels_are_chosen_by_the_modules_that_overrides_reach():
+    """Not by the patterns: these match other names than their own, and overlap."""
+    overrides = [
+        OverrideConfig("*.o_proj", block=64),
+        OverrideConfig("layers.[01].*", gradient_fmt="e5m2", accumulation="hopper"),
+    ]
+    precision = PrecisionConfig("fp8_block", overrides=overrides)
+    workload = fp8_workload(PLAIN, precision, [module for module, _, _ in slots(model(precision))])
+    assert Format((1, 64), dtype=E5M2) in workload.formats
+    assert workload.accumulation == "hopper"
+    check(precision)
 
 
 @pytest.mark.parametrize("name", FP8)
@@ -175,6 +186,14 @@ def test_the_table_tells_weights_products_what_is_kept_and_sent():
         ({"watch_every": -1}, "precision.watch_every=-1"),
         ({"overrides": [OverrideConfig("", name="bf16")]}, "precision.overrides[0].match"),
         ({"overrides": [OverrideConfig("*", name="fp64")]}, "precision.overrides[0].name=fp64"),
+        ({"overrides": [OverrideConfig("layers.[01].*", block=7)]}, "precision.overrides[0].block=7"),
+        ({"overrides": [OverrideConfig("layers.[01].*", scale_fmt="e4m3")]}, "precision.overrides[0].scale_fmt=e4m3"),
+        ({"name": "mxfp8", "block": 64}, "precision.name=mxfp8 precision.block=64"),
+        (
+            {"overrides": [OverrideConfig("*", name="mxfp8", scale_fmt="float")]},
+            "precision.overrides[0].scale_fmt=float",
+        ),
+        ({"arithmetic": "storage", "accumulation": "hopper"}, "precision.arithmetic=storage"),
         ({"overrides": [OverrideConfig("*", block=7)]}, "precision.overrides[0].block=7"),
         ({"name": "fp32", "overrides": [OverrideConfig("*", name="mxfp8")]}, "precision.name=fp32"),
         ({"loss_scale": LossScaleConfig("dynamik")}, "precision.loss_scale.kind=dynamik"),

@@ -11,7 +11,7 @@ import torch
 from run_configs import TINY, tiny_run, write_corpus
 
 from octofold.train.config import RunConfig
-from octofold.train.precision.config import FP8, OverrideConfig
+from octofold.train.precision.config import FP8, LossScaleConfig, OverrideConfig
 
 EMULATED = {"name": "fp8_block", "arithmetic": "emulate", "block": 16, "watch_every": 2}
 
@@ -104,6 +104,26 @@ def test_a_run_may_go_on_under_another_recipe(corpus, ranks, tmp_path):
         outcome = run_tasks.alone(run_tasks.run, config, tmp_path)
         assert outcome["progress"]["step"] == step
     histories = [values for tensor, values in outcome["tensors"].items() if "amax_history" in tensor]
+    assert all((history > 0).all() for history in histories)
+
+
+def test_delayed_scales_do_not_depend_on_who_looks(corpus, tmp_path):
+    """Evaluation, watching, a skipped step and a resume leave the course of a run alone, under a growing loss scale."""
+    scale = LossScaleConfig("dynamic", init=1024.0, growth_interval=2)
+    runs = {}
+    for name, looks in (("plain", {}), ("watched", {"watch_every": 3}), ("evaluated", {"eval_every": 2})):
+        train = {"steps": 6, **({"eval_every": 2} if "eval_every" in looks else {})}
+        delayed = {"name": "fp8_tensor_delayed", "amax_history": 2, "scale_fmt": "float", "loss_scale": scale}
+        config = fp8_run(corpus, 1, **delayed, watch_every=looks.get("watch_every", 0), train=train)
+        runs[name] = run_tasks.alone(run_tasks.run_with_nan, config, tmp_path / name, 3)
+    halved = fp8_run(corpus, 1, **delayed, watch_every=3, train={"steps": 6, "eval_every": 2})
+    run_tasks.alone(run_tasks.run_with_nan, replace(halved, train=replace(halved.train, steps=4)), tmp_path / "half", 3)
+    again = replace(halved, resume=str(tmp_path / "half"))
+    runs["resumed"] = run_tasks.alone(run_tasks.run, again, tmp_path / "half")
+    for name, outcome in runs.items():
+        for tensor, values in runs["plain"]["tensors"].items():
+            assert np.array_equal(values, outcome["tensors"][tensor]), f"{name}: {tensor}"
+    histories = [values for tensor, values in runs["plain"]["tensors"].items() if "amax_history" in tensor]
     assert all((history > 0).all() for history in histories)
 
 

@@ -30,7 +30,7 @@ FORMATS = {
 
 
 def kernels() -> Kernels:
-    return choose(KernelsConfig(), Workload("cpu", torch.bfloat16, formats=BLOCK.formats, emulated=True))[0]
+    return choose(KernelsConfig(), Workload("cpu", torch.bfloat16, formats=BLOCK.formats))[0]
 
 
 def state_of(recipe: Recipe = BLOCK) -> Fp8State:

@@ -79,11 +79,17 @@ def draft_model(config: RunConfig, device: torch.device, tokenizer_size: int, *,
     shape = model_config(config.model, tokenizer_size)
     compute_dtype = COMPUTE_DTYPES[config.precision.name]
     master_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
-    workload = kernel_workload(config.precision, shape, device, compute_dtype)
+    architecture = load_architecture(shape.architecture)
+    workload = Workload(device.type, compute_dtype, (shape.hidden_size, shape.moe_intermediate_size))
     kernels, choices = choose(config.kernels, workload)
     with torch.device("meta"):
-        model = load_architecture(shape.architecture)(shape, kernels).to(master_dtype)
-        apply_precision(model, config.precision, kernels)
+        model = architecture(shape, kernels).to(master_dtype)
+        if config.precision.is_fp8:
+            # Which formats the providers must serve depends on the names of the model's modules.
+            workload = fp8_workload(workload, config.precision, [name for name, _, _ in slots(model)])
+            kernels, choices = choose(config.kernels, workload)
+            model = architecture(shape, kernels).to(master_dtype)
+            apply_precision(model, config.precision, kernels, turned_copies=device.type != "cpu")
     plan = model.plan()
     count = count_parameters(model, plan, shape.num_experts_per_tok / shape.n_routed_experts)
     meshes = build_meshes(config.parallel, device.type)
@@ -97,28 +103,21 @@ def draft_model(config: RunConfig, device: torch.device, tokenizer_size: int, *,
         compute_dtype,
         moments=moments,
         accumulates=accumulates,
-        kept_copies=kept_copies(model, device),
+        kept_copies=kept_copies(model),
     )
     return BuiltModel(model, meshes, choices, count, need)
 
 
-def kernel_workload(
-    precision: PrecisionConfig, shape: ModelConfig, device: torch.device, compute_dtype: torch.dtype
-) -> Workload:
-    """What the providers will be asked to do."""
-    recipes = []
-    if precision.is_fp8:
-        stand_ins = ["*", *(override.match for override in precision.overrides)]
-        recipes = [recipe for name in stand_ins if (recipe := recipe_for(precision, name)) is not None]
+def fp8_workload(plain: Workload, precision: PrecisionConfig, modules: list[str]) -> Workload:
+    """What the providers will be asked to do in FP8 besides.
+
+    Args:
+        modules: names of all modules that may be in FP8.
+    """
+    recipes = [recipe for name in modules if (recipe := recipe_for(precision, name)) is not None]
     formats = dict.fromkeys(format for recipe in recipes for format in recipe.formats)
-    return Workload(
-        device.type,
-        compute_dtype,
-        (shape.hidden_size, shape.moe_intermediate_size),
-        formats=tuple(formats),
-        accumulation="hopper" if any(recipe.accumulation == "hopper" for recipe in recipes) else "fp32",
-        emulated=precision.arithmetic != "native",
-    )
+    accumulation = "hopper" if any(recipe.accumulation == "hopper" for recipe in recipes) else "fp32"
+    return replace(plain, formats=tuple(formats), accumulation=accumulation)
 
 
 def materialise(drafted: BuiltModel, device: torch.device, *, seed: int) -> None:

@@ -20,6 +20,7 @@ from octofold.train.data.tokenizer import Tokenizer, load_saved_tokenizer
 from octofold.train.engines.native import model_tensors
 from octofold.train.models.attention import LatentCache
 from octofold.train.models.decoder import Decoder
+from octofold.train.precision.policy import lacking_arithmetic
 
 
 @torch.no_grad()
@@ -141,8 +142,8 @@ def sample(
     with joined(backend, config.backend, info):
         device = backend.device(0)
         alone = replace(config, parallel=resolve_degrees(ParallelConfig(), 1))
-        if config.precision.is_fp8 and not backend.capabilities(0).fp8:
-            # The numbers that the model was trained in, whatever computes them.
+        if lacking_arithmetic(config.precision, backend.capabilities(0)):
+            # Asked of a model that was trained elsewhere: its products, by other means.
             alone = replace(alone, precision=replace(config.precision, arithmetic="emulate"))
         built = draft_fitting(alone, backend, info, tokenizer.vocab_size, training=False)
         materialise(built, device, seed=config.train.seed)

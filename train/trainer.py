@@ -29,7 +29,7 @@ from octofold.train.metrics import MetricsWriter
 from octofold.train.models.balance import LOSSES
 from octofold.train.models.decoder import Decoder
 from octofold.train.models.gate import take_loss_sums
-from octofold.train.precision.apply import forget_weights, roll_histories, take_sent_bytes
+from octofold.train.precision.apply import forget_weights, roll_histories, set_loss_scale, take_sent_bytes
 from octofold.train.precision.watch import Health, Watch
 from octofold.train.sampling import generate
 from octofold.train.stop import StopSignals
@@ -152,6 +152,7 @@ class Trainer:
 
     def _accumulate(self, batches: list[Batch], tokens_J: torch.Tensor, schedule: Schedule) -> torch.Tensor:
         """Gradients of this rank's share of the global mean losses; returns those shares, FP64 [J]."""
+        set_loss_scale(self.model, self.engine.scaler.scale)
         take_sent_bytes(self.model)  # an evaluation's do not count
         shares_J = torch.zeros(len(tokens_J), dtype=torch.float64, device=self.device)
         depths = len(tokens_J) - 1

@@ -28,9 +28,9 @@ def limited_mm(a: QTensor, b: QTensor, *, promote_every: int = PROMOTE_EVERY) ->
     # Tiles shorter than a promotion have to be promoted at their ends.
     widths = [wide for wide in (a.format.tile[1], b.format.tile[1]) if wide]
     every = min([promote_every or terms, *widths]) or 1
-    out = torch.zeros(rows, columns)
+    out = torch.zeros(rows, columns, device=a.data.device)
     for first in range(0, terms, every):
-        inner = torch.zeros(rows, columns)
+        inner = torch.zeros_like(out)
         for start in range(first, min(first + every, terms), TERMS_AT_ONCE):
             end = min(start + TERMS_AT_ONCE, first + every, terms)
             inner = _aligned_sum(inner, a_MK[:, None, start:end] * b_NK[None, :, start:end])

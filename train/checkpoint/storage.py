@@ -60,7 +60,8 @@ def read_tensors(
         assert isinstance(entry, TensorStorageMetadata)  # nothing else is written
         shape = tuple(entry.size)
         if shape != tuple(tensors[name].shape):
-            faults.append(f"{name}: {list(shape)} in the checkpoint, {list(tensors[name].shape)} in the model")
+            key = " (precision.amax_history)" if name.startswith(OPTIONAL) else ""
+            faults.append(f"{name}: {list(shape)} in the checkpoint, {list(tensors[name].shape)} in the model{key}")
     if faults:
         more = f"\n  … and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise UserError(

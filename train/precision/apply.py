@@ -22,8 +22,13 @@ def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             yield ".".join(part for part in (name, suffix) if part), module, attribute
 
 
-def apply_precision(model: nn.Module, precision: PrecisionConfig, kernels: Kernels) -> None:
+def apply_precision(
+    model: nn.Module, precision: PrecisionConfig, kernels: Kernels, *, turned_copies: bool = False
+) -> None:
     """Fill the slots of the modules that the policy puts in FP8.
+
+    Args:
+        turned_copies: see `Fp8State`.
 
     Raises:
         ConfigError: an override matches no module.
@@ -38,7 +43,13 @@ def apply_precision(model: nn.Module, precision: PrecisionConfig, kernels: Kerne
     for name, module, attribute in list(slots(model)):
         recipe = recipe_for(precision, name)
         if recipe is not None:
-            state = Fp8State(recipe, kernels, keep_weights=precision.keep_weights, amax_history=precision.amax_history)
+            state = Fp8State(
+                recipe,
+                kernels,
+                keep_weights=precision.keep_weights,
+                amax_history=precision.amax_history,
+                turned_copies=turned_copies,
+            )
             setattr(module, attribute, state)
 
 
@@ -56,14 +67,18 @@ def fp8_states(model: nn.Module) -> dict[str, Fp8State]:
     return {name: state for name, state in found.items() if state is not None}
 
 
-def kept_copies(model: nn.Module, device: torch.device) -> dict[str, int]:
+def kept_copies(model: nn.Module) -> dict[str, int]:
     """Parameter name -> how many quantised copies of its gathered self a rank keeps between updates."""
-    names = {name for name, _ in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied head's is the embedding's
     copies = {}
-    for name, state in fp8_states(model).items():
-        if state.keep_weights and state.recipe.arithmetic == "product":
-            turned = state.recipe.weight != state.recipe.turned_weight.transposed or device.type == "cuda"
-            copies[name if name in names else f"{name}.weight"] = 2 if turned else 1
+    for name, module, attribute in slots(model):
+        state = getattr(module, attribute)
+        if state is None or not state.keep_weights or state.recipe.arithmetic != "product":
+            continue
+        if not isinstance(module, nn.Embedding):  # whose rows are only rounded
+            weight = getattr(module, name.rpartition(".")[2], None)
+            parameter = weight if isinstance(weight, nn.Parameter) else module.weight
+            copies[names[id(parameter)]] = 2 if state.turned_copies else 1
     return copies
 
 
@@ -73,6 +88,12 @@ def reset_states(model: nn.Module) -> None:
         state.forget()
         for buffer in state.buffers():
             buffer.zero_()
+
+
+def set_loss_scale(model: nn.Module, scale: float) -> None:
+    """Tell delayed scaling what gradients are multiplied by in the step that begins."""
+    for state in fp8_states(model).values():
+        state.loss_scale = scale
 
 
 def forget_weights(model: nn.Module) -> None:
@@ -95,10 +116,7 @@ def roll_histories(model: nn.Module) -> None:
     amax_SK = torch.where(torch.isfinite(amax_SK), amax_SK, 0.0)
     dist.all_reduce(amax_SK, op=dist.ReduceOp.MAX)
     for state, amax_K in zip(delayed, amax_SK, strict=True):
-        history_KH = state.amax_history_KH.roll(1, dims=1)
-        history_KH[:, 0] = amax_K
-        state.amax_history_KH.copy_(history_KH)
-        state.amax_K.zero_()
+        state.remember(amax_K)
 
 
 def take_sent_bytes(model: nn.Module) -> torch.Tensor:

@@ -8,7 +8,6 @@ from octofold.backends.errors import ConfigError, check_finite, unknown_name_err
 PLAIN = ["bf16", "fp32", "fp64"]
 FP8 = ["fp8_block", "fp8_tensor_current", "fp8_tensor_delayed", "mxfp8"]
 ARITHMETIC = ["native", "emulate", "storage"]
-MX_BLOCK = 32
 LOSS_SCALES = ["none", "static", "dynamic"]
 LARGEST_SCALE = 2.0**126
 
@@ -88,9 +87,13 @@ class PrecisionConfig:
         chosen = self
         for override in self.overrides:
             if fnmatchcase(module, override.match):
-                named = {f.name: getattr(override, f.name) for f in fields(override) if f.name != "match"}
-                chosen = replace(chosen, **{key: value for key, value in named.items() if value is not None})
+                chosen = chosen.with_override(override)
         return chosen
+
+    def with_override(self, override: OverrideConfig) -> "PrecisionConfig":
+        """What an override changes, whatever it matches."""
+        named = {f.name: getattr(override, f.name) for f in fields(override) if f.name != "match"}
+        return replace(self, **{key: value for key, value in named.items() if value is not None})
 
 
 def check(precision: PrecisionConfig) -> None:
@@ -103,15 +106,22 @@ def check(precision: PrecisionConfig) -> None:
     _one_of("precision.arithmetic", precision.arithmetic, ARITHMETIC)
     _one_of("precision.dispatch", precision.dispatch, ["auto", "fp8", "bf16"])
     _check_choices("precision", precision)
+    _check_mx("precision", precision)
     for index, override in enumerate(precision.overrides):
         key = f"precision.overrides[{index}]"
         if not override.match:
             raise ConfigError(f"{key}.match", "''", "an override names the modules it is for", "match: '*.o_proj'")
         _one_of(f"{key}.name", override.name or "bf16", ["bf16", *FP8])
-        _check_choices(key, precision.of_module(override.match))
+        _check_choices(key, precision.with_override(override))
+        _check_mx(key, override)
     if precision.is_fp8 and precision.name in ("fp32", "fp64"):
         shown = f"precision.name={precision.name} precision.overrides"
         raise ConfigError("precision.overrides", shown, "FP8 modules stand in a BF16 model", "precision=bf16")
+    sums = {precision.accumulation, *(override.accumulation for override in precision.overrides)}
+    if precision.arithmetic == "storage" and "hopper" in sums:
+        shown = "precision.arithmetic=storage precision.accumulation=hopper"
+        rule = "storage multiplies in BF16, so that no FP8 product adds anything"
+        raise ConfigError("precision.accumulation", shown, rule, "precision.arithmetic=emulate")
     for name, least in (("amax_history", 1), ("watch_every", 0)):
         if getattr(precision, name) < least:
             raise ConfigError(f"precision.{name}", getattr(precision, name), f"at least {least}", f"{least} or more")
@@ -131,6 +141,17 @@ def _check_choices(key: str, choices: PrecisionConfig) -> None:
     if choices.block < 16 or choices.block % 16:
         rule = "a block is a multiple of 16 numbers, the vector width of FP8 products"
         raise ConfigError(f"{key}.block", choices.block, rule, f"{key}.block=128")
+
+
+def _check_mx(key: str, choices: PrecisionConfig | OverrideConfig) -> None:
+    """Refuse what MXFP8 has no choice of."""
+    if choices.name != "mxfp8":
+        return
+    for name, fixed in (("block", 128), ("scale_fmt", "ue8m0")):
+        if getattr(choices, name) not in (None, fixed):
+            shown = f"{key}.name=mxfp8 {key}.{name}={getattr(choices, name)}"
+            rule = "tiles of 32 with power-of-two scales are what makes MXFP8"
+            raise ConfigError(f"{key}.{name}", shown, rule, f"leave {key}.{name} out, or {key}.name=fp8_block")
 
 
 def _check_loss_scale(scale: LossScaleConfig) -> None:

@@ -62,20 +62,26 @@ def transport_for(precision: PrecisionConfig, experts: str) -> Transport:
     return Transport(Format((1, width)), Format((1, width), dtype=gradient))
 
 
+def lacking_arithmetic(precision: PrecisionConfig, capabilities: Capabilities) -> str | None:
+    """What native products the run asks for and the device does not have; None: nothing."""
+    asked = {precision.name, *(override.name for override in precision.overrides)}
+    if precision.arithmetic != "native":
+        return None
+    if asked & set(FP8) and not capabilities.fp8:
+        return "FP8"
+    if "mxfp8" in asked and not capabilities.mxfp8:
+        return "MXFP8 (tiles of 32 scaled inside the product)"
+    return None
+
+
 def require_arithmetic(precision: PrecisionConfig, capabilities: Capabilities) -> None:
     """Refuse products that the device does not have.
 
     Raises:
         ConfigError: with the device, the capability and the two ways out.
     """
-    if precision.arithmetic != "native":
-        return
-    asked = {precision.name, *(override.name for override in precision.overrides)}
-    if asked & set(FP8) and not capabilities.fp8:
-        lacking = "FP8"
-    elif "mxfp8" in asked and not capabilities.mxfp8:
-        lacking = "MXFP8 (tiles of 32 scaled inside the product)"
-    else:
+    lacking = lacking_arithmetic(precision, capabilities)
+    if lacking is None:
         return
     shown = f"precision.name={precision.name} precision.arithmetic=native"
     rule = f"{capabilities.device_name} has no arithmetic in {lacking}, and none is put in its place unasked"
@@ -121,7 +127,7 @@ def _described(recipe: Recipe | None, precision: PrecisionConfig, plain: str, *,
     if recipe is None:
         return plain
     if is_table:
-        return f"rows kept {_format(recipe.activation)}"
+        return f"{plain}, rows rounded to {_format(recipe.activation)} where they are looked up"
     saved = _format(recipe.activation) if recipe.saves_fp8 else plain
     if recipe.arithmetic == "storage":
         return f"{recipe.name}: products {plain}; saves {saved}"

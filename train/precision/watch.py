@@ -103,6 +103,7 @@ class _ModuleWatch:
         found: torch.Tensor,
         counts_E: torch.Tensor | None,
         layout: str,
+        source: torch.Tensor | None = None,
     ) -> None:
         """Products are `octofold verify precision`'s concern."""
 
