@@ -24,7 +24,8 @@ Fields of `train` that need a word:
         amax                largest magnitude; inf where some element was not finite
         scale_spread        log2 of the largest scale ÷ the smallest, over tiles that are not all zero
         snr_db              10 log10 of Σ x² ÷ Σ (x − quantised x)²; inf where nothing was rounded
-        non_finite_tiles    tiles that hold NaN or an infinity; their elements count nowhere else
+        non_finite_tiles    tiles that hold NaN or an infinity, summed over uses and ranks; their elements count nowhere
+                            else
     sent_bytes      that all ranks sent to other ranks' experts in a step: dict of dispatch and combine_gradient (to
                     the experts), combine and dispatch_gradient (back); absent where every rank has all experts
     imbalance       busiest expert's load ÷ mean load in the layer where it is largest
