@@ -3,7 +3,7 @@
 For each seed three runs on the same batches from the same initial weights: FP8 as asked for, BF16, and BF16 again with
 norms and SwiGLUs by another provider, which differs in rounding only. All else is the same, the optimiser's moments
 included. The loss curves answer (train/precision/verdict.py), unless the products of the FP8 run's last checkpoint are
-wrong (train/precision/probe.py), which shows long before a loss does.
+wrong (train/precision/probe.py), which shows long before a loss does; and nothing is a yes whose products nobody saw.
 
     FOLDER/{fp8,bf16,bf16_again}/   ordinary run folders; those of further seeds in FOLDER/seed_N/
     FOLDER/result.json   FOLDER/curves.png
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 RUNS = ("fp8", "bf16", "bf16_again")
 """FP8 first: what it cannot do is told before anything else is trained."""
 EXIT_STATUS: dict[Answer, int] = {"yes": 0, "no": 1, "inconclusive": 3}
+USERS_MISTAKE = 2
+"""The exit status of a run that stopped itself, such as one whose loss stays NaN."""
 PROBED_STEPS = 3
 SHOWN_ACCUSATIONS = 8
 
@@ -80,15 +82,15 @@ def verify_precision(settings: VerifyConfig, texts: Sequence[str], config_dirs: 
             print(f"octofold: seed {of_seed.train.seed}, {name}: {config.train.steps} steps", file=sys.stderr)
             status = _train(replace(variant(of_seed, name), run_dir=str(run_dir)), run_dir)
             losses[name] = _losses(run_dir)
-            if status and not (name == "fp8" and _diverged(losses[name])):
+            if status and not (name == "fp8" and status == USERS_MISTAKE and _diverged(losses[name])):
                 return status
         seeds.append(Curves(**losses))
     verdict = _judged(seeds, settings)
     products = _measured(config, folder / "fp8")
-    answer: Answer = "no" if products.accusations else verdict.answer
+    answer, reason = _answer(verdict, products)
     _write_result(folder / "result.json", settings, answer, verdict, products)
     _draw(folder / "curves.png", seeds, settings, verdict, config)
-    _tell(answer, seeds, settings, verdict, products, folder)
+    _tell(f"{answer}: {reason}", seeds, settings, verdict, products, folder)
     return EXIT_STATUS[answer]
 
 
@@ -165,6 +167,19 @@ def _judged(seeds: list[Curves], settings: VerifyConfig) -> Verdict:
         raise UserError(f"{error}\n  rule:   {rule}\n  remedy: a lower optim.lr") from error
 
 
+def _answer(verdict: Verdict, products: Products) -> tuple[Answer, str]:
+    """Of the verification as a whole, with the reason."""
+    curves = f"curves: {verdict.reason}"
+    if products.accusations:
+        return "no", f"{len(products.accusations)} number(s) of the products are beyond their thresholds; {curves}"
+    if products.unmeasured is None:
+        return verdict.answer, verdict.reason
+    unmeasured = f"products were not measured: {products.unmeasured}"
+    if verdict.answer == "no":
+        return "no", f"{verdict.reason}; {unmeasured}"
+    return "inconclusive", f"{unmeasured}; {curves}"
+
+
 def _measured(config: JobConfig, run_dir: Path) -> Products:
     """The products of a few steps from the last checkpoint of the FP8 run, on one device."""
     from octofold.train.precision.probe import accusations
@@ -175,8 +190,11 @@ def _measured(config: JobConfig, run_dir: Path) -> Products:
     try:
         probes = _probed(config, found[-1])
     except UserError as error:
-        return Products({}, [], str(error))
-    return Products(probes, accusations(probes))
+        return Products({}, [], " ".join(str(error).split()))
+    unmeasured = None
+    if not any(probe.products for probe in probes.values()):
+        unmeasured = f"none is formed in FP8 with precision.arithmetic={config.precision.arithmetic}"
+    return Products(probes, accusations(probes), unmeasured)
 
 
 def _probed(config: JobConfig, checkpoint: Path) -> "dict[str, Probe]":
@@ -244,31 +262,26 @@ def _draw(path: Path, seeds: list[Curves], settings: VerifyConfig, verdict: Verd
 
 
 def _tell(
-    answer: Answer,
+    conclusion: str,
     seeds: list[Curves],
     settings: VerifyConfig,
     verdict: Verdict,
     products: Products,
     folder: Path,
 ) -> None:
-    """Print what was found, and the answer last."""
+    """Print what was found, and the conclusion last, on a line of its own."""
     from rich.console import Console as RichConsole
 
     console = RichConsole(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(_curves_table(seeds, settings, verdict))
     if products.probes:
         console.print(_products_table(products))
-    if products.unmeasured:
-        console.print(f"products were not measured: {products.unmeasured}", markup=False)
     for accusation in products.accusations[:SHOWN_ACCUSATIONS]:
         console.print(f"  {accusation}", markup=False)
     if (more := len(products.accusations) - SHOWN_ACCUSATIONS) > 0:
         console.print(f"  and {more} more, in result.json", markup=False)
-    reason = verdict.reason
-    if products.accusations:
-        reason = f"{len(products.accusations)} number(s) of the products are beyond their thresholds; curves: {reason}"
     console.print(f"{folder}/curves.png\n{folder}/result.json", markup=False, soft_wrap=True)
-    console.print(f"does FP8 train like BF16? {answer}: {reason}", markup=False, style="bold")
+    console.print(f"does FP8 train like BF16? {conclusion}", markup=False, soft_wrap=True, style="bold")
 
 
 def _curves_table(seeds: list[Curves], settings: VerifyConfig, verdict: Verdict) -> Any:

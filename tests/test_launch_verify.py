@@ -2,21 +2,27 @@
 
 import json
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import faulty_kernels
+import numpy as np
 import pytest
 from run_configs import write_corpus
 
 from octofold.kernels.config import KernelsConfig
+from octofold.kernels.qtensor import QTensor
 from octofold.launch.cli import main
 from octofold.launch.config import JobConfig
 from octofold.launch.run_folder import read_config
-from octofold.launch.verify_precision import RUNS, variant
+from octofold.launch.verify_precision import RUNS, Products, _answer, _measured, variant
 from octofold.train.config import PrecisionConfig
 from octofold.train.metrics import read_metrics
 from octofold.train.precision.config import LossScaleConfig
+from octofold.train.precision.probe import Accusation
+from octofold.train.precision.verdict import Answer, Verdict
 
 FP8 = PrecisionConfig("fp8_block", arithmetic="emulate", block=16)
 NO_SMOOTHING = ["verify.smoothing=0", "verify.steps=32"]
@@ -96,9 +102,81 @@ def test_a_loss_that_is_not_finite_is_a_no(corpus, tmp_path, capsys):
     """The FP8 run stops; the others still run, and show that the configuration is not at fault."""
     broken = texts(corpus, "kernels.quantize=faulty_kernels:broken")
     assert main(["verify", "precision", *broken, f"run_dir={tmp_path / 'out'}", "verify.steps=24"]) == 1
-    assert "does FP8 train like BF16? no: FP8's loss is not finite at 19 step(s)" in capsys.readouterr().out
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("does FP8 train like BF16? no: FP8's loss is not finite at 19 step(s)")
+    assert line.endswith("; products were not measured: the FP8 run saved no checkpoint")
     assert result_of(tmp_path / "out")["unmeasured"] == "the FP8 run saved no checkpoint"
     assert len(losses(tmp_path / "out" / "bf16_again")) == 24
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_ends_the_verification_even_where_the_loss_is_not_finite(
+    number, status, corpus, tmp_path, monkeypatch
+):
+    """Only the failure of a run that diverged lets the others begin."""
+
+    def broken_and_interrupted(*args: Any, **options: Any) -> QTensor:
+        signal.raise_signal(number)
+        return faulty_kernels.broken(*args, **options)
+
+    monkeypatch.setattr(faulty_kernels, "interrupted", broken_and_interrupted, raising=False)
+    broken = texts(corpus, "kernels.quantize=faulty_kernels:interrupted")
+    assert main(["verify", "precision", *broken, f"run_dir={tmp_path / 'out'}", "verify.steps=24"]) == status
+    assert np.isnan(losses(tmp_path / "out" / "fp8")).any()
+    assert not (tmp_path / "out" / "bf16").exists()
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
+CURVES: dict[Answer, Verdict] = {
+    "yes": Verdict("yes", "they agree", 32, 1, None, None),
+    "no": Verdict("no", "they do not agree", 32, 1, None, None),
+    "inconclusive": Verdict("inconclusive", "too few", 32, 1, None, None),
+}
+WHY = "the FP8 run saved no checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("curves", "unmeasured", "accused", "answer"),
+    [
+        ("yes", None, False, ("yes", "they agree")),
+        ("no", None, False, ("no", "they do not agree")),
+        ("yes", WHY, False, ("inconclusive", f"products were not measured: {WHY}; curves: they agree")),
+        ("inconclusive", WHY, False, ("inconclusive", f"products were not measured: {WHY}; curves: too few")),
+        ("no", WHY, False, ("no", f"they do not agree; products were not measured: {WHY}")),
+        ("yes", None, True, ("no", "1 number(s) of the products are beyond their thresholds; curves: they agree")),
+        ("yes", WHY, True, ("no", "1 number(s) of the products are beyond their thresholds; curves: they agree")),
+    ],
+)
+def test_the_answer(curves, unmeasured, accused, answer):
+    accusations = [Accusation("lm_head", "forward: fault", 0.5, 0.01)] if accused else []
+    assert _answer(CURVES[curves], Products({}, accusations, unmeasured)) == answer
+
+
+def test_products_in_bf16_are_no_yes(corpus, tmp_path, capsys):
+    """What the curves alone would call one: see `test_yes`."""
+    asked = [*texts(corpus, "precision.arithmetic=storage"), *NO_SMOOTHING, "verify.bar=0.2"]
+    assert main(["verify", "precision", *asked, f"run_dir={tmp_path / 'out'}"]) == 3
+    line = capsys.readouterr().out.splitlines()[-1]
+    why = "none is formed in FP8 with precision.arithmetic=storage"
+    assert line.startswith(
+        f"does FP8 train like BF16? inconclusive: products were not measured: {why}; curves: relative"
+    )
+    result = result_of(tmp_path / "out")
+    assert (result["answer"], result["curves"]["answer"], result["unmeasured"]) == ("inconclusive", "yes", why)
+
+
+def test_why_products_were_not_measured_is_told_in_a_line(corpus, tmp_path):
+    folder = tmp_path / "out"
+    assert main(["verify", "precision", *texts(corpus), f"run_dir={folder}", "verify.steps=2"]) == 3
+    config = read_config(folder / "fp8")
+    assert _measured(config, folder / "fp8").unmeasured is None
+    shard = next((folder / "fp8" / "checkpoints" / "step_2").rglob("*.safetensors"))
+    shard.write_bytes(b"")
+    products = _measured(config, folder / "fp8")
+    assert products.unmeasured is not None
+    assert f"{shard} holds 0 bytes, but " in products.unmeasured
+    assert "\n" not in products.unmeasured
+    assert not products.probes
 
 
 def test_more_seeds_are_added_to_what_there_is(corpus, tmp_path):

@@ -9,8 +9,6 @@ from octofold.kernels.qtensor import QTensor
 from octofold.kernels.reference.quantize import GROUP_UNIT
 from octofold.kernels.registry import Workload
 
-ACCUMULATIONS = ("fp32", "hopper")
-
 
 def why_unsupported(workload: Workload) -> str | None:
     """Any device, any format."""
