@@ -4,7 +4,7 @@ Trains the tiny DeepSeek-V3 twin in BF16 twice (rounded otherwise the second tim
 choice, on the same batches from the same weights, and prints the relative error of the smoothed loss against BF16 over
 the second half of the steps, as `octofold verify precision` defines it. A difference below the noise floor is none.
 
-    .venv/bin/python benchmarks/precision_extensions.py [--steps 400] [--only WORD]
+    .venv/bin/python benchmarks/precision_extensions.py [--steps 320] [--only WORD]
 """
 
 import argparse
@@ -22,10 +22,11 @@ SMOOTHING = 0.9
 COMMON = [
     "model=deepseek_v3_tiny",
     "backend=cpu",
+    "backend.threads=1",
     "optim.lr=3e-3",
     "optim.moments=bf16",
     "model.balance.bias_update_rate=0.01",
-    "data.sequence_length=256",
+    "data.sequence_length=64",
     "train.global_batch_size=4",
     "train.micro_batch_size=4",
     "train.log_every=1",
@@ -75,7 +76,7 @@ def losses(folder: Path, overrides: list[str], steps: int) -> np.ndarray:
 def main() -> None:
     """Train, then print one line a choice."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=320)
     parser.add_argument("--only", default="", help="choices whose name holds this")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
