@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from octofold.kernels.config import KernelsConfig
-from octofold.kernels.registry import Choice, Kernels, choose
-from octofold.train.build import kernel_workload
+from octofold.kernels.registry import Choice, Kernels, Workload, choose
+from octofold.train.build import fp8_workload
 from octofold.train.models.config import ModelConfig
 from octofold.train.models.moe import MixtureOfExperts
 from octofold.train.precision.apply import apply_precision, forget_weights
@@ -18,7 +18,9 @@ def chosen_kernels(
     shape: ModelConfig, precision: PrecisionConfig, device: torch.device
 ) -> tuple[Kernels, list[Choice]]:
     """What a run of this model would compute with on the device."""
-    return choose(KernelsConfig(), kernel_workload(precision, shape, device, torch.bfloat16))
+    plain = Workload(device.type, torch.bfloat16, (shape.hidden_size, shape.moe_intermediate_size))
+    names = ["experts.gate_up_proj", "experts.down_proj", "shared_experts.gate_proj"]
+    return choose(KernelsConfig(), fp8_workload(plain, precision, names))
 
 
 def moe_step(
