@@ -32,6 +32,9 @@ TENSOR_KINDS = ("activation", "weight", "gradient")
 class Observer(Protocol):
     """Looks at what is quantised and multiplied. Must not change it."""
 
+    wants_products: bool
+    """Whether `product` is called, for which unquantised operands are kept until the backward pass."""
+
     def tensor(self, kind: str, x: torch.Tensor, quantized: QTensor) -> None:
         """`x` was quantised for a forward product or an input gradient.
 
@@ -240,6 +243,7 @@ class _Linear(torch.autograd.Function):
         ctx.observed = None
         if state.observer is not None:
             state.observer.tensor("activation", active, x_q)
+        if state.observer is not None and state.observer.wants_products:
             state.observer.product("forward", active, weight, out, counts_E, "rows")
             ctx.observed = (active, weight, x if swiglu else None)
         ctx.state, ctx.swiglu, ctx.dtype = state, swiglu, x.dtype
@@ -274,6 +278,7 @@ class _Linear(torch.autograd.Function):
         grad_x = _rows_product(state, grad_q, turned, counts_E, ctx.dtype)
         if observer is not None:
             observer.tensor("gradient", grad, grad_q)
+        if observer is not None and ctx.observed is not None:
             observer.product("input_gradient", grad, ctx.observed[1].mT, grad_x, counts_E, "rows")
         grad_w = None
         active = kernels.swiglu(x) if ctx.swiglu else x
@@ -282,7 +287,7 @@ class _Linear(torch.autograd.Function):
             grad_w = _inner_product(
                 state, (grad, recipe.inner_gradient, scale), (active, recipe.inner_activation, inner_scale), counts_E
             )
-            if observer is not None:
+            if observer is not None and ctx.observed is not None:
                 before, _, source = ctx.observed
                 observer.product("weight_gradient", grad, before, grad_w, counts_E, "inner", source=source)
         if ctx.swiglu:

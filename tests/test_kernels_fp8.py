@@ -283,6 +283,8 @@ def test_an_observer_sees_every_operand_and_product():
     seen: list[tuple[str, ...]] = []
 
     class Spy:
+        wants_products = True
+
         def tensor(self, kind: str, x: torch.Tensor, quantized: QTensor) -> None:
             assert x.shape == quantized.shape
             seen.append(("tensor", kind))
@@ -305,6 +307,31 @@ def test_an_observer_sees_every_operand_and_product():
         *(("product", kind) for kind in ("forward", "input_gradient", "weight_gradient")),
         *(("tensor", kind) for kind in ("activation", "activation", "gradient", "weight")),
     ]
+
+
+def test_watching_tensors_alone_keeps_no_more_for_the_backward_pass():
+    """A sampled step of a run must fit where the others do."""
+
+    class Tensors:
+        wants_products = False
+
+        def tensor(self, kind: str, x: torch.Tensor, quantized: QTensor) -> None:
+            seen.add(kind)
+
+        def product(self, kind, a, b, found, counts_E, layout, source=None):
+            raise AssertionError("nobody asked")
+
+    seen: set[str] = set()
+    state = state_of(RECIPES["block"])
+    state.observer = Tensors()
+    x = normal(0, 64, 256).requires_grad_() * 1
+    watched = weakref.ref(x)
+    y = state.linear(x, normal(1, 32, 256).requires_grad_())
+    del x
+    gc.collect()
+    assert watched() is None
+    y.sum().backward()
+    assert seen == {"activation", "weight", "gradient"}
 
 
 def test_rows_that_are_only_stored():

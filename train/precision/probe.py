@@ -74,6 +74,8 @@ class Accusation:
 class Probe:
     """The observer of one module. Keeps the worst of what it sees."""
 
+    wants_products = True
+
     def __init__(self, state: Fp8State) -> None:
         self.state = state
         self.products: dict[str, ProductError] = {}

@@ -82,6 +82,9 @@ class Watch:
 class _ModuleWatch:
     """The observer of one module."""
 
+    wants_products = False
+    """They are `octofold verify precision`'s concern, and their operands would take the memory that FP8 saves."""
+
     def __init__(self, sums_KS: torch.Tensor, maxima_KX: torch.Tensor) -> None:
         self._sums_KS, self._maxima_KX = sums_KS, maxima_KX
 
@@ -105,7 +108,7 @@ class _ModuleWatch:
         layout: str,
         source: torch.Tensor | None = None,
     ) -> None:
-        """Products are `octofold verify precision`'s concern."""
+        """Not called."""
 
 
 def _sums(x: torch.Tensor, quantized: QTensor, scale: torch.Tensor) -> torch.Tensor:
