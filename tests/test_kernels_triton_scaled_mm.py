@@ -314,7 +314,7 @@ def test_a_single_row_compiles_for_hopper(op):
     if op == "scaled_grouped_mm":
         weight = quantized(normal(0, 1, 1, 128), Format((128, 128)))
     counts = [] if op == "scaled_mm" else [torch.tensor([1])]
-    ptx_of(TMA, op, one, one if op == "scaled_grouped_inner_mm" else weight, *counts)
+    assert ".entry" in ptx_of(TMA, op, one, one if op == "scaled_grouped_inner_mm" else weight, *counts)
 
 
 @pytest.mark.parametrize(
