@@ -182,6 +182,7 @@ def test_the_table_tells_weights_products_what_is_kept_and_sent():
         ({"saved": "int8"}, "precision.saved=int8"),
         ({"dispatch": "int8"}, "precision.dispatch=int8"),
         ({"accumulation": "fp16"}, "precision.accumulation=fp16"),
+        ({"name": "fp64", "dispatch": "fp8"}, "precision.name=fp64 precision.dispatch=fp8"),
         ({"amax_history": 0}, "precision.amax_history=0"),
         ({"watch_every": -1}, "precision.watch_every=-1"),
         ({"overrides": [OverrideConfig("", name="bf16")]}, "precision.overrides[0].match"),

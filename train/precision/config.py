@@ -117,6 +117,10 @@ def check(precision: PrecisionConfig) -> None:
     if precision.is_fp8 and precision.name in ("fp32", "fp64"):
         shown = f"precision.name={precision.name} precision.overrides"
         raise ConfigError("precision.overrides", shown, "FP8 modules stand in a BF16 model", "precision=bf16")
+    if precision.name == "fp64" and precision.dispatch == "fp8":
+        shown = "precision.name=fp64 precision.dispatch=fp8"
+        rule = "FP64 is for proofs of layouts, and eight bits on the way would be what they find"
+        raise ConfigError("precision.dispatch", shown, rule, "precision.dispatch=auto")
     sums = {precision.accumulation, *(override.accumulation for override in precision.overrides)}
     if precision.arithmetic == "storage" and "hopper" in sums:
         shown = "precision.arithmetic=storage precision.accumulation=hopper"
