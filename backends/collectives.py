@@ -38,3 +38,18 @@ def exchange_rows(rows: torch.Tensor, receive_counts: list[int], send_counts: li
     received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
     dist.all_to_all_single(received, rows, receive_counts, send_counts, group=group)
     return received
+
+
+def all_gather_stack(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """[n, ...], contiguous and alike on every rank, to [ranks, n, ...]."""
+    gathered = x.new_empty((group.size(), *x.shape))
+    # Gloo wants the ranks' parts as one dim, NCCL takes both.
+    dist.all_gather_into_tensor(gathered.flatten(0, 1), x, group=group)
+    return gathered
+
+
+def reduce_scatter_stack(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """[ranks, n, ...], contiguous, to the sum over ranks of the part that is this rank's, [n, ...]."""
+    own = x.new_empty(x.shape[1:])
+    dist.reduce_scatter_tensor(own, x.flatten(0, 1), op=dist.ReduceOp.SUM, group=group)
+    return own

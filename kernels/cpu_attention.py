@@ -21,11 +21,15 @@ def why_unsupported(workload: Workload) -> str | None:
     return None if workload.device_type == "cpu" else f"made for CPUs, the run is on {workload.device_type}"
 
 
-def _blocks(length: int, doc_ids_S: torch.Tensor | None) -> Iterator[tuple[int, int, int]]:
-    """Yield (first query, end of queries, first key): keys before the first query's document are invisible to all."""
-    for first in range(0, length, BLOCK):
+def _blocks(queries: int, length: int, doc_ids_S: torch.Tensor | None) -> Iterator[tuple[slice, int, int, int]]:
+    """Yield (queries, position of the first, position after the last, first key).
+
+    Keys before the first query's document are invisible to all.
+    """
+    for first in range(length - queries, length, BLOCK):
+        end = min(first + BLOCK, length)
         key = 0 if doc_ids_S is None else int(torch.searchsorted(doc_ids_S, doc_ids_S[first]))
-        yield first, min(first + BLOCK, length), key
+        yield slice(first - (length - queries), end - (length - queries)), first, end, key
 
 
 def _weights(q_HQd, k_HKd, first, end, key, doc_ids_S, above):
@@ -39,45 +43,45 @@ def _weights(q_HQd, k_HKd, first, end, key, doc_ids_S, above):
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_BHSd, k_BHSd, v_BHSv, scale, doc_ids_BS):
-        scaled_BHSd, k_BHSd, v_BHSv = (q_BHSd * scale).contiguous(), k_BHSd.contiguous(), v_BHSv.contiguous()
-        batch, heads, length, _ = q_BHSd.shape
-        out_BHSv = q_BHSd.new_empty(batch, heads, length, v_BHSv.shape[-1])
-        above = q_BHSd.new_full((BLOCK, BLOCK), float("-inf")).triu(1)
+    def forward(ctx, q_BHQd, k_BHSd, v_BHSv, scale, doc_ids_BS):
+        scaled_BHQd, k_BHSd, v_BHSv = (q_BHQd * scale).contiguous(), k_BHSd.contiguous(), v_BHSv.contiguous()
+        batch, heads, queries, _ = q_BHQd.shape
+        out_BHQv = q_BHQd.new_empty(batch, heads, queries, v_BHSv.shape[-1])
+        above = q_BHQd.new_full((BLOCK, BLOCK), float("-inf")).triu(1)
         for b in range(batch):
             doc_ids_S = None if doc_ids_BS is None else doc_ids_BS[b]
-            for first, end, key in _blocks(length, doc_ids_S):
-                q, k = scaled_BHSd[b, :, first:end], k_BHSd[b, :, key:end]
+            for rows, first, end, key in _blocks(queries, k_BHSd.shape[2], doc_ids_S):
+                q, k = scaled_BHQd[b, :, rows], k_BHSd[b, :, key:end]
                 weights = _weights(q, k, first, end, key, doc_ids_S, above)
-                out_BHSv[b, :, first:end] = torch.bmm(weights, v_BHSv[b, :, key:end])
-        ctx.save_for_backward(scaled_BHSd, k_BHSd, v_BHSv, doc_ids_BS)
+                out_BHQv[b, :, rows] = torch.bmm(weights, v_BHSv[b, :, key:end])
+        ctx.save_for_backward(scaled_BHQd, k_BHSd, v_BHSv, doc_ids_BS)
         ctx.scale = scale
-        return out_BHSv
+        return out_BHQv
 
     @staticmethod
-    def backward(ctx, grad_BHSv):
-        scaled_BHSd, k_BHSd, v_BHSv, doc_ids_BS = ctx.saved_tensors
-        dtype, grad_BHSv = scaled_BHSd.dtype, grad_BHSv.contiguous()
+    def backward(ctx, grad_BHQv):
+        scaled_BHQd, k_BHSd, v_BHSv, doc_ids_BS = ctx.saved_tensors
+        dtype, grad_BHQv = scaled_BHQd.dtype, grad_BHQv.contiguous()
         exact = torch.float64 if dtype == torch.float64 else torch.float32
-        grad_q = torch.empty_like(scaled_BHSd)
+        grad_q = torch.empty_like(scaled_BHQd)
         grad_k, grad_v = torch.zeros_like(k_BHSd, dtype=exact), torch.zeros_like(v_BHSv, dtype=exact)
-        above = scaled_BHSd.new_full((BLOCK, BLOCK), float("-inf")).triu(1)
-        for b in range(scaled_BHSd.shape[0]):
+        above = scaled_BHQd.new_full((BLOCK, BLOCK), float("-inf")).triu(1)
+        for b in range(scaled_BHQd.shape[0]):
             doc_ids_S = None if doc_ids_BS is None else doc_ids_BS[b]
-            for first, end, key in _blocks(scaled_BHSd.shape[2], doc_ids_S):
-                q, k, v = scaled_BHSd[b, :, first:end], k_BHSd[b, :, key:end], v_BHSv[b, :, key:end]
-                grad = grad_BHSv[b, :, first:end]
+            for rows, first, end, key in _blocks(scaled_BHQd.shape[2], k_BHSd.shape[2], doc_ids_S):
+                q, k, v = scaled_BHQd[b, :, rows], k_BHSd[b, :, key:end], v_BHSv[b, :, key:end]
+                grad = grad_BHQv[b, :, rows]
                 weights = _weights(q, k, first, end, key, doc_ids_S, above)
                 grad_v[b, :, key:end] += torch.bmm(weights.transpose(1, 2), grad)
                 grad_weights = torch.bmm(grad, v.transpose(1, 2))
                 grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, dtype)
-                grad_q[b, :, first:end] = torch.bmm(grad_scores, k)
+                grad_q[b, :, rows] = torch.bmm(grad_scores, k)
                 grad_k[b, :, key:end] += torch.bmm(grad_scores.transpose(1, 2), q)
         return grad_q.mul_(ctx.scale), grad_k.to(dtype), grad_v.to(dtype), None, None
 
 
 def attention(
-    q_BHSd: torch.Tensor,
+    q_BHQd: torch.Tensor,
     k_BHSd: torch.Tensor,
     v_BHSv: torch.Tensor,
     *,
@@ -85,5 +89,5 @@ def attention(
     doc_ids_BS: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As kernels/reference/attention.py."""
-    out: torch.Tensor = _Attention.apply(q_BHSd, k_BHSd, v_BHSv, scale, doc_ids_BS)
+    out: torch.Tensor = _Attention.apply(q_BHQd, k_BHSd, v_BHSv, scale, doc_ids_BS)
     return out

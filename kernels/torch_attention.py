@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from octofold.kernels.reference.attention import visible_BSS
+from octofold.kernels.reference.attention import visible_BQS
 from octofold.kernels.registry import Workload
 
 
@@ -13,7 +13,7 @@ def why_unsupported(workload: Workload) -> str | None:
 
 
 def attention(
-    q_BHSd: torch.Tensor,
+    q_BHQd: torch.Tensor,
     k_BHSd: torch.Tensor,
     v_BHSv: torch.Tensor,
     *,
@@ -23,10 +23,12 @@ def attention(
     """As kernels/reference/attention.py."""
     value_width = v_BHSv.shape[-1]
     # The fused paths want one head width for all three; zero columns of v add zero columns of output.
-    padded = F.pad(v_BHSv, (0, q_BHSd.shape[-1] - value_width)) if value_width < q_BHSd.shape[-1] else v_BHSv
-    if doc_ids_BS is None:
-        out = F.scaled_dot_product_attention(q_BHSd, k_BHSd, padded, is_causal=True, scale=scale)
+    padded = F.pad(v_BHSv, (0, q_BHQd.shape[-1] - value_width)) if value_width < q_BHQd.shape[-1] else v_BHSv
+    queries, length = q_BHQd.shape[2], k_BHSd.shape[2]
+    # torch's own causal mask counts from the first query and the first key.
+    if doc_ids_BS is None and queries == length:
+        out = F.scaled_dot_product_attention(q_BHQd, k_BHSd, padded, is_causal=True, scale=scale)
     else:
-        mask = visible_BSS(doc_ids_BS, q_BHSd.shape[2], q_BHSd.device)[:, None]
-        out = F.scaled_dot_product_attention(q_BHSd, k_BHSd, padded, attn_mask=mask, scale=scale)
+        mask = visible_BQS(doc_ids_BS, queries, length, q_BHQd.device)[:, None]
+        out = F.scaled_dot_product_attention(q_BHQd, k_BHSd, padded, attn_mask=mask, scale=scale)
     return out[..., :value_width]

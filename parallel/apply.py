@@ -1,18 +1,27 @@
-"""The one place that puts a plan on a model, in one visible order: experts, then FSDP.
+"""The one place that puts a plan on a model, in one visible order: tensor, experts, sequences, then FSDP.
 
 FSDP2 owns FP32 (or FP64) master shards on every layout, one rank included, gathers them in the compute dtype and sums
 gradients in the master dtype. No gradient is divided anywhere: the loss is already divided by the global token count.
+
+A parameter's gradient is summed over every rank that computes with the same numbers on other tokens: of what tensor
+ranks split, over data and context; of what they all have whole, over tensor too, since each sees other positions; of an
+expert, over the ranks that hold the same expert. So each kind is sharded over a mesh of its own (parallel/mesh.py).
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from octofold.backends.errors import ConfigError
 from octofold.parallel.expert import ExchangedExperts
 from octofold.parallel.mesh import Meshes
 from octofold.parallel.plan import ParallelPlan
+from octofold.parallel.sequence import SplitSequence
 
 
 def apply_plan(
@@ -21,19 +30,37 @@ def apply_plan(
     """Split `model` (parameters on the meta device, in the master dtype) over the meshes, in place.
 
     Every parameter becomes a DTensor. A module that owns experts has an attribute `run_experts`; where experts are
-    split it is replaced by one that reaches the experts of other ranks.
+    split it is replaced by one that reaches the experts of other ranks. So is the attribute `sequence` of modules that
+    see tokens of other ranks.
+
+    Raises:
+        ConfigError: a dimension that the ranks of an axis do not divide.
     """
+    _split_tensors(model, plan, meshes)
     _split_experts(model, plan, meshes)
+    _split_sequences(model, plan, meshes)
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype if compute_dtype != master_dtype else None,
         reduce_dtype=master_dtype,
         cast_forward_inputs=False,
     )
-    for name in plan.experts:
-        _shard(model.get_submodule(name), meshes.experts["expert_data"], policy)
-    for name in plan.blocks:
-        _shard(model.get_submodule(name), meshes.dense["data_shard"], policy)
-    return _shard(model, meshes.dense["data_shard"], policy)
+    shards = _Shards.over(model, plan, meshes)
+    # Experts in a unit of their own: the rest of a block can compute while they are gathered.
+    for name in [*plan.experts, *plan.blocks]:
+        _shard(model.get_submodule(name), shards, policy)
+    return _shard(model, shards, policy)
+
+
+def _split_tensors(model: nn.Module, plan: ParallelPlan, meshes: Meshes) -> None:
+    if meshes.size("tensor") == 1:
+        return
+    split: dict[int, nn.Parameter] = {}  # a tied head is the embedding
+    for name, dim in [*((name, 0) for name in plan.columns), *((name, 1) for name in plan.rows)]:
+        module = model.get_submodule(name)
+        weight = module.get_parameter("weight")
+        if id(weight) not in split:
+            split[id(weight)] = _distributed(f"{name}.weight", weight, meshes.split["tensor"], dim, "tensor")
+        module.weight = split[id(weight)]
 
 
 def _split_experts(model: nn.Module, plan: ParallelPlan, meshes: Meshes) -> None:
@@ -45,13 +72,75 @@ def _split_experts(model: nn.Module, plan: ParallelPlan, meshes: Meshes) -> None
         setattr(model.get_submodule(name.rpartition(".")[0]), "run_experts", ExchangedExperts(mesh.get_group()))  # noqa: B010
         experts = model.get_submodule(name)
         for parameter_name, parameter in list(experts.named_parameters(recurse=False)):
-            # src_data_rank=None: nothing is sent; the values are made later, on each rank (train/models/init.py).
-            split = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
-            experts.register_parameter(parameter_name, nn.Parameter(split))
+            whole = f"{name}.{parameter_name}"
+            experts.register_parameter(parameter_name, _distributed(whole, parameter, mesh, 0, "expert"))
 
 
-def _shard(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> FSDPModule:
-    sharded = fully_shard(module, mesh=mesh, mp_policy=policy)
+def _distributed(name: str, parameter: nn.Parameter, mesh: DeviceMesh, dim: int, axis: str) -> nn.Parameter:
+    if parameter.shape[dim] % mesh.size():
+        shown = f"parallel.{axis}={mesh.size()}"
+        rule = f"every rank of the axis holds as much of {name} {list(parameter.shape)}: it must divide dimension {dim}"
+        legal = [d for d in range(1, parameter.shape[dim] + 1) if parameter.shape[dim] % d == 0]
+        raise ConfigError(f"parallel.{axis}", shown, rule, f"parallel.{axis} one of {legal[:8]}, or another model")
+    # src_data_rank=None: nothing is sent; the values are made later, on each rank (train/models/init.py).
+    return nn.Parameter(distribute_tensor(parameter.data, mesh, [Shard(dim)], src_data_rank=None))
+
+
+def _split_sequences(model: nn.Module, plan: ParallelPlan, meshes: Meshes) -> None:
+    if meshes.size("tensor") * meshes.size("context") == 1:
+        return
+    groups = [meshes.dense["tensor"], meshes.dense["context"], meshes.shared["sequence"]]
+    sequence = SplitSequence(*(mesh.get_group() for mesh in groups))
+    for name in plan.sequences:
+        setattr(model.get_submodule(name), "sequence", sequence)  # noqa: B010
+
+
+@dataclass(frozen=True)
+class _Shards:
+    """Which mesh FSDP shards a parameter over, and along which dim."""
+
+    infos: dict[str, FSDPMeshInfo]
+    kinds: dict[int, str]
+
+    @staticmethod
+    def over(model: nn.Module, plan: ParallelPlan, meshes: Meshes) -> "_Shards":
+        """Of a model whose tensor and expert splits have been applied."""
+        kinds: dict[int, str] = {}
+        for name, parameter in model.named_parameters():
+            of_experts = name.rpartition(".")[0] in plan.experts
+            kinds[id(parameter)] = "experts" if of_experts else "split" if isinstance(parameter, DTensor) else "whole"
+        views = {
+            "experts": (meshes.experts, "expert_data"),
+            "split": (meshes.split, "shard"),
+            "whole": (meshes.whole, "shard"),
+        }
+        infos: dict[str, FSDPMeshInfo] = {}
+        for kind, (view, axis) in views.items():
+            if meshes.size("data_replicate") == 1:
+                infos[kind] = FSDPMeshInfo(view[axis], shard_mesh_dim=0)
+            else:
+                infos[kind] = HSDPMeshInfo(view["data_replicate", axis], shard_mesh_dim=1, replicate_mesh_dim=0)
+        return _Shards(infos, kinds)
+
+    def place(self, parameter: nn.Parameter) -> ShardPlacementResult:
+        """FSDP2's `shard_placement_fn`."""
+        info = self.infos[self.kinds[id(parameter)]]
+        return ShardPlacementResult(Shard(_shard_dim(parameter, info.shard_mesh_size)), info)
+
+
+def _shard_dim(parameter: nn.Parameter, ranks: int) -> int:
+    """The first dim that the ranks divide; dim 0, in uneven shards, where there is none or nothing is split yet.
+
+    FSDP2 takes uneven shards along dim 0 only, and what another axis splits along dim 0 is better cut evenly there.
+    """
+    if not isinstance(parameter, DTensor):
+        return 0
+    shape = parameter.to_local().shape
+    return next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)
+
+
+def _shard(module: nn.Module, shards: _Shards, policy: MixedPrecisionPolicy) -> FSDPModule:
+    sharded = fully_shard(module, mesh=shards.infos["whole"].mesh, shard_placement_fn=shards.place, mp_policy=policy)
     sharded.set_gradient_divide_factor(1.0)
     # A plain sum: the alternative (a scaled sum) exists in NCCL only.
     sharded.set_force_sum_reduction_for_comms(True)
@@ -59,5 +148,5 @@ def _shard(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) ->
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:
-    """The part of a parameter that this rank computes with (experts stay split along E inside the forward pass)."""
+    """The part of a parameter that this rank computes with (what another axis splits stays split in the forward)."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -35,7 +35,7 @@ class ParallelConfig:
 
 
 DENSE_DEGREES = ("pipeline", "data_replicate", "data_shard", "context", "tensor")
-UNAVAILABLE = ("pipeline", "data_replicate", "context", "tensor", "expert_tensor")
+UNAVAILABLE = ("pipeline", "expert_tensor")
 
 
 def resolve(config: ParallelConfig, world_size: int) -> ParallelConfig:
@@ -50,7 +50,7 @@ def resolve(config: ParallelConfig, world_size: int) -> ParallelConfig:
         if degree < 1 and not (name == "data_shard" and degree == -1):
             raise ConfigError(f"parallel.{name}", degree, "a degree is at least 1", f"parallel.{name}=1")
         if name in UNAVAILABLE and degree != 1:
-            rule = f"this version splits a model over data_shard and expert only; parallel.{name} must be 1"
+            rule = f"this version has no such split; parallel.{name} must be 1"
             raise ConfigError(f"parallel.{name}", degree, rule, f"parallel.{name}=1")
     others = prod(getattr(config, name) for name in DENSE_DEGREES if name != "data_shard")
     if config.data_shard == -1:

@@ -1,7 +1,16 @@
-"""The job's ranks by kind of parallelism: a view for dense parameters and one for experts, over the same ranks."""
+"""The job's ranks by kind of parallelism: several views of the same ranks, each a named mesh.
+
+A stage of the pipeline and a replica of the data are the same ranks in every view. What is inside them is seen as
+
+    dense      data_shard x context x tensor
+    experts    expert_data x expert x expert_tensor
+
+outermost first, so that the innermost axes are neighbouring ranks, which share the fastest links.
+"""
 
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from octofold.backends.collectives import Group
@@ -10,12 +19,42 @@ from octofold.parallel.config import ParallelConfig
 
 @dataclass(frozen=True)
 class Meshes:
-    """Named meshes; `axis` names are those of the configuration."""
+    """Named meshes over the default process group; `axis` names are those of the configuration."""
 
     dense: DeviceMesh
-    """Axis data_shard: every rank, each reading its own sequences."""
+    """Axes (pipeline, data_replicate, data_shard, context, tensor)."""
     experts: DeviceMesh
-    """Axes (expert_data, expert), expert innermost."""
+    """Axes (pipeline, data_replicate, expert_data, expert, expert_tensor)."""
+    split: DeviceMesh
+    """Axes (pipeline, data_replicate, shard, tensor): what holds shards of a parameter that tensor splits."""
+    whole: DeviceMesh
+    """Axes (pipeline, data_replicate, shard): what holds shards of a parameter that nothing else splits. Every rank
+    computes with all of it, on tokens of its own."""
+    shared: DeviceMesh
+    """Axes (pipeline, data_replicate, data_shard, sequence): the ranks that share the positions of a sequence."""
+
+    def size(self, axis: str) -> int:
+        """Degree of an axis of `dense` or `experts`."""
+        view = self.dense if axis in (self.dense.mesh_dim_names or ()) else self.experts
+        return view[axis].size()
+
+    def rank(self, axis: str) -> int:
+        """This rank's coordinate on an axis of `dense` or `experts`."""
+        view = self.dense if axis in (self.dense.mesh_dim_names or ()) else self.experts
+        return view[axis].get_local_rank()
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the global batch this rank reads."""
+        return self.rank("data_replicate") * self.size("data_shard") + self.rank("data_shard")
+
+    @property
+    def speaks(self) -> bool:
+        """Of the ranks that hold the same positions of the same sequences (tensor, pipeline), is this the first?
+
+        A sum over the world counts what is known to all of them on this one.
+        """
+        return self.rank("tensor") == 0 and self.rank("pipeline") == 0
 
     @property
     def expert_group(self) -> Group:
@@ -25,8 +64,19 @@ class Meshes:
 
 def build_meshes(config: ParallelConfig, device_type: str) -> Meshes:
     """Meshes over the default process group. `config`: resolved degrees (`parallel.config.resolve`)."""
-    dense = init_device_mesh(device_type, (config.data_shard,), mesh_dim_names=("data_shard",))
-    experts = init_device_mesh(
-        device_type, (config.expert_data, config.expert), mesh_dim_names=("expert_data", "expert")
+    # One root for all views: FSDP2 joins the mesh that holds shards with the one that splits a parameter.
+    world = init_device_mesh(device_type, (dist.get_world_size(),), mesh_dim_names=("world",))
+    outer = {"pipeline": config.pipeline, "data_replicate": config.data_replicate}
+    data, context, tensor = config.data_shard, config.context, config.tensor
+
+    def view(**inner: int) -> DeviceMesh:
+        axes = {**outer, **inner}
+        return world._unflatten(0, tuple(axes.values()), tuple(axes))
+
+    return Meshes(
+        dense=view(data_shard=data, context=context, tensor=tensor),
+        experts=view(expert_data=config.expert_data, expert=config.expert, expert_tensor=config.expert_tensor),
+        split=view(shard=data * context, tensor=tensor),
+        whole=view(shard=data * context * tensor),
+        shared=view(data_shard=data, sequence=context * tensor),
     )
-    return Meshes(dense, experts)

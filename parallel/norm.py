@@ -4,17 +4,15 @@ from collections.abc import Iterable
 from math import prod
 
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
 from octofold.backends.collectives import all_reduce_sum
 
 
 def copies_in_world(gradient: DTensor) -> int:
-    """How many ranks of the world hold each element."""
+    """How many ranks of the world hold each element: a parameter's mesh spans the whole stage that has it."""
     mesh = gradient.device_mesh
-    sizes = [mesh.size(axis) for axis, placement in enumerate(gradient.placements) if isinstance(placement, Replicate)]
-    return prod(sizes) * dist.get_world_size() // mesh.size()
+    return prod(mesh.size(axis) for axis, kind in enumerate(gradient.placements) if isinstance(kind, Replicate))
 
 
 def global_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -5,9 +5,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """Names of submodules, in forward order."""
+    """Names of submodules and parameters, in forward order. What is not named is whole on every rank."""
 
     blocks: tuple[str, ...]
     """Gathered, computed and released one at a time."""
     experts: tuple[str, ...]
     """Modules whose parameters are stacked [E, …] by expert and may be split along E."""
+    columns: tuple[str, ...] = ()
+    """Modules whose weight [out, in] tensor ranks split along out: each computes some of the outputs (heads, widths,
+    the vocabulary)."""
+    rows: tuple[str, ...] = ()
+    """Modules whose weight [out, in] tensor ranks split along in: each computes a part of every output's sum."""
+    sequences: tuple[str, ...] = ()
+    """Modules with an attribute `sequence` (parallel/sequence.py), through which they see tokens of other ranks."""

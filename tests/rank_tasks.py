@@ -259,16 +259,16 @@ def dtypes(model: ModelConfig, expert: int, precision: str) -> dict[str, Any]:
     }
 
 
-def mesh_ranks(expert: int) -> dict[str, Any]:
-    """This rank's coordinates, and the ranks that it shares each axis with."""
-    config = resolve(ParallelConfig(expert=expert), dist.get_world_size())
+def mesh_ranks(config: ParallelConfig) -> dict[str, Any]:
+    """Of each axis of each view, the ranks that this rank shares it with; and what it reads and speaks for."""
     meshes = build_meshes(config, "cpu")
-    return {
-        "dense": meshes.dense.mesh.tolist(),
-        "experts": meshes.experts.mesh.tolist(),
-        "expert_group": dist.get_process_group_ranks(meshes.expert_group),
-        "expert_data": dist.get_process_group_ranks(meshes.experts["expert_data"].get_group()),
+    views = {name: getattr(meshes, name) for name in ("dense", "experts", "split", "whole", "shared")}
+    groups = {
+        f"{name}.{axis}": dist.get_process_group_ranks(view[axis].get_group())
+        for name, view in views.items()
+        for axis in view.mesh_dim_names or ()
     }
+    return {"groups": groups, "data_rank": meshes.data_rank, "speaks": meshes.speaks}
 
 
 def balance(loads_RGE: torch.Tensor, rate: float) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:

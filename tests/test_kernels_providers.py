@@ -148,12 +148,14 @@ def document_ids(draw: st.DrawFn, length: int) -> list[int]:
     width=st.integers(1, 25),
     value_width=st.integers(1, 25),
     masked=st.booleans(),
+    all_queries=st.booleans(),
     seed=seeds,
 )
-def test_attention(provider, dtype, data, length, batch, heads, width, value_width, masked, seed):
+def test_attention(provider, dtype, data, length, batch, heads, width, value_width, masked, all_queries, seed):
     generator = torch.Generator().manual_seed(seed)
+    queries = length if all_queries else data.draw(st.integers(1, length))
     # Heads next to positions in memory for keys and values, as the model hands them over.
-    q = normal(generator, dtype, batch, heads, length, width)
+    q = normal(generator, dtype, batch, heads, queries, width)
     k = normal(generator, dtype, batch, length, heads, width).transpose(1, 2)
     v = normal(generator, dtype, batch, length, heads, value_width).transpose(1, 2)
     doc_ids = torch.tensor([data.draw(document_ids(length)) for _ in range(batch)]) if masked else None

@@ -33,7 +33,7 @@ def test_master_and_compute_dtypes(ranks, n, expert, precision, compute, master)
         assert found["axes"].keys() == found["held"].keys(), "every parameter is a DTensor"
         for name, axes in found["axes"].items():
             if ".mlp.experts." not in name:
-                assert axes == ("data_shard",), name
+                assert axes == ("shard",), name
             else:
                 assert "expert_data" in axes, name
                 assert ("expert" in axes) == (expert > 1), name

@@ -53,7 +53,7 @@ def test_degrees_below_one(name, degree):
 
 @pytest.mark.parametrize("name", UNAVAILABLE)
 def test_kinds_that_this_version_lacks(name):
-    with pytest.raises(ConfigError, match=f"^parallel.{name}=2\n  rule:   this version splits a model over data_shard"):
+    with pytest.raises(ConfigError, match=f"^parallel.{name}=2\n  rule:   this version has no such split"):
         resolve(ParallelConfig(**{name: 2}), 4)
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import SMALL
 
+from octofold.parallel.sequence import WholeSequence
 from octofold.train.models.balance import LOSSES, balance_losses, inject
 from octofold.train.models.config import BalanceConfig, ModelConfig, check
 from octofold.train.models.gate import TopKGate, take_loss_sums
@@ -139,7 +140,7 @@ def test_losses_and_their_gradients_are_the_papers(case):
     logits_BSE = x_BSD @ gate.weight.t()
     scores_BSE = logits_BSE.softmax(-1) if case.config.scoring_func == "softmax" else logits_BSE.sigmoid()
     experts_BSK = experts_TK.view(case.sequences, case.positions, -1)
-    found = balance_losses(case.config, logits_BSE, scores_BSE, experts_BSK)
+    found = balance_losses(case.config, logits_BSE, scores_BSE, experts_BSK, WholeSequence())
     expected = paper_sums(case, x_BSD, gate)
     assert found.keys() == expected.keys()
     for name, loss in expected.items():

@@ -10,7 +10,7 @@ from octofold.backends.errors import ConfigError
 from octofold.backends.process_group import RankInfo
 from octofold.kernels.registry import Choice, Workload, choose
 from octofold.parallel.apply import apply_plan
-from octofold.parallel.config import ParallelConfig
+from octofold.parallel.config import DENSE_DEGREES, ParallelConfig
 from octofold.parallel.mesh import Meshes, build_meshes
 from octofold.train.config import OptimConfig, RunConfig, TrainConfig
 from octofold.train.data.build import Data
@@ -34,7 +34,7 @@ from octofold.train.precision.apply import (
 )
 from octofold.train.precision.config import FP8, LossScaleConfig, PrecisionConfig
 from octofold.train.precision.loss_scale import LossScaler
-from octofold.train.precision.policy import plan_rows, recipe_for, require_arithmetic
+from octofold.train.precision.policy import plan_rows, recipe_for, require_arithmetic, require_whole_tiles
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "fp64": torch.float64, **dict.fromkeys(["bf16", *FP8], torch.bfloat16)}
 """By precision: what weights are gathered in, and all that is not in FP8 is computed in."""
@@ -91,6 +91,7 @@ def draft_model(config: RunConfig, device: torch.device, tokenizer_size: int, *,
             model = architecture(shape, kernels).to(master_dtype)
             apply_precision(model, config.precision, kernels, turned_copies=device.type != "cpu")
     plan = model.plan()
+    require_whole_tiles(model, plan, config.precision, config.parallel.tensor)
     count = count_parameters(model, plan, shape.num_experts_per_tok / shape.n_routed_experts)
     meshes = build_meshes(config.parallel, device.type)
     apply_plan(model, plan, meshes, compute_dtype=compute_dtype, master_dtype=master_dtype)
@@ -236,7 +237,7 @@ def startup_sections(
         },
         "layout": {
             "ranks": f"{info.world_size} ({backend.collective_library})",
-            "data_shard": degrees.data_shard,
+            **{name: getattr(degrees, name) for name in DENSE_DEGREES if getattr(degrees, name) > 1},
             "expert": f"{degrees.expert} (x expert_data {degrees.expert_data})",
         },
         "device": {

@@ -131,6 +131,7 @@ def validate(config: RunConfig, world_size: int) -> RunConfig:
     _check_batch(config.train, config.parallel)
     _check_experts(config)
     _check_length(config)
+    _check_tensor(config)
     return config
 
 
@@ -198,6 +199,31 @@ def _check_experts(config: RunConfig) -> None:
         legal = [d for d in range(1, experts + 1) if experts % d == 0]
         shown = f"model.n_routed_experts={experts} parallel.expert={degree}"
         raise ConfigError("parallel.expert", shown, "every rank holds the same number of experts", f"one of {legal}")
+
+
+def _check_tensor(config: RunConfig) -> None:
+    """What tensor and context ranks divide. The vocabulary may come from the data: it is checked when it is split."""
+    model, tensor, context = config.model, config.parallel.tensor, config.parallel.context
+    shared = model.n_shared_experts * model.moe_intermediate_size
+    sizes = {
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.intermediate_size": model.intermediate_size,
+        "model.n_shared_experts x model.moe_intermediate_size": shared,
+    }
+    for name, size in sizes.items():
+        if size % tensor:
+            legal = [d for d in range(1, size + 1) if size % d == 0]
+            shown = f"{name}={size} parallel.tensor={tensor}"
+            raise ConfigError("parallel.tensor", shown, "tensor ranks divide it evenly", f"one of {legal[:12]}")
+    # Each context rank holds one part of the front half and one of the back half.
+    pieces = tensor * context * (2 if context > 1 else 1)
+    if config.data.sequence_length % pieces:
+        shown = (
+            f"data.sequence_length={config.data.sequence_length} parallel.context={context} parallel.tensor={tensor}"
+        )
+        rule = f"positions are divided into {pieces} equal parts: 2 for each of several context ranks, x tensor"
+        length = max(config.data.sequence_length // pieces, 1) * pieces
+        raise ConfigError("data.sequence_length", shown, rule, f"data.sequence_length={length}")
 
 
 def _check_length(config: RunConfig) -> None:

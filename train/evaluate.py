@@ -6,13 +6,14 @@ import torch
 from torch import nn
 
 from octofold.backends.collectives import all_reduce_sum
+from octofold.parallel.mesh import Meshes
 from octofold.train.data.batch import Batch
 from octofold.train.loss import summed_cross_entropy, valid_tokens
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], *, mask_documents: bool, device: torch.device
+    model: nn.Module, batches: Iterable[Batch], meshes: Meshes, *, mask_documents: bool, device: torch.device
 ) -> tuple[float, int]:
     """Mean nats a token over all ranks' batches, and the tokens counted. Collective; leaves the model in training mode.
 
@@ -23,9 +24,12 @@ def evaluate(
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
         batch = batch.to(device)
-        logits = model(batch.tokens_BS, batch.positions_BS, batch.doc_ids_BS if mask_documents else None)
-        totals[0] += summed_cross_entropy(logits, batch.labels_BS)
-        totals[1] += valid_tokens(batch.labels_BS)
+        own = batch.at_context(meshes.rank("context"), meshes.size("context"))
+        logits = model(own.tokens_BS, own.positions_BS, batch.doc_ids_BS if mask_documents else None)
+        nats = summed_cross_entropy(logits, own.labels_BS, meshes.dense["tensor"].get_group())
+        if meshes.speaks:
+            totals[0] += nats
+            totals[1] += valid_tokens(own.labels_BS)
     model.train()
     nats, tokens = all_reduce_sum(totals).tolist()
     return nats / max(tokens, 1), int(tokens)

@@ -85,12 +85,13 @@ def build_trainer(config: RunConfig, run_dir: Path, backend: Backend, info: Rank
     trainer = Trainer(
         config,
         model=built.model,
+        meshes=built.meshes,
         engine=build_engine(built.model, config.optim, config.train.steps, config.precision.loss_scale),
         data=data,
         loader=data.loader(
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
-            data_rank=info.rank,
+            data_rank=built.meshes.data_rank,
             data_ranks=config.parallel.data,
         ),
         checkpointer=Checkpointer(run_dir, config.checkpoint, device),

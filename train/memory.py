@@ -5,6 +5,7 @@ Activations are not counted: what they need depends on kernels and allocator.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import nn
@@ -14,6 +15,9 @@ from octofold.backends.collectives import all_reduce_sum
 from octofold.backends.errors import ConfigError
 from octofold.parallel.plan import ParallelPlan
 from octofold.train.optim.moments import moments_bytes
+
+SPLITTING = ("tensor", "expert", "expert_tensor")
+"""Axes along which a parameter stays split while it is computed with."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +115,10 @@ def memory_need(
 
 
 def _gathered_numel(parameter: DTensor) -> int:
-    """Numbers that a rank holds while the layer computes: all of them, of experts those of this rank."""
+    """Numbers that a rank holds while the layer computes: all that no axis but data's splits."""
     mesh = parameter.device_mesh
     axes = mesh.mesh_dim_names or ()
-    return parameter.numel() // (mesh.size(axes.index("expert")) if "expert" in axes else 1)
+    return parameter.numel() // prod(mesh.size(axes.index(axis)) for axis in SPLITTING if axis in axes)
 
 
 def require_memory(

@@ -12,6 +12,8 @@ import torch
 from octofold.backends.collectives import all_reduce_sum
 from octofold.backends.errors import UserError
 from octofold.parallel.balance import gather_loads, load_metrics, update_biases
+from octofold.parallel.mesh import Meshes
+from octofold.parallel.sequence import positions_of
 from octofold.parallel.transport import PURPOSES
 from octofold.train.checkpoint.manager import Checkpointer
 from octofold.train.config import RunConfig
@@ -68,6 +70,7 @@ class Trainer:
         config: RunConfig,
         *,
         model: Decoder,
+        meshes: Meshes,
         engine: NativeEngine,
         data: Data,
         loader: Loader | StreamLoader,
@@ -79,7 +82,8 @@ class Trainer:
         rank: int,
         device: torch.device,
     ) -> None:
-        """`metrics` is for rank 0 alone; `rank` is also the data rank."""
+        """`metrics` is for rank 0 alone."""
+        self.meshes = meshes
         self.config, self.model, self.engine, self.data, self.loader = config, model, engine, data, loader
         self.watch, self.utilisation = watch, utilisation
         self.checkpointer, self.console, self.metrics = checkpointer, console, metrics
@@ -116,7 +120,9 @@ class Trainer:
         batches = self.loader.next_step()
         labels_NJ = [[labels_BS for _, labels_BS in self._targets(batch)] for batch in batches]
         counted_J = torch.tensor([[valid_tokens(labels) for labels in labels_J] for labels_J in labels_NJ]).sum(0)
-        tokens_J = all_reduce_sum(counted_J.to(self.device))
+        # Ranks that share sequences read the same labels: one of them counts.
+        counts = self.meshes.speaks and self.meshes.rank("context") == 0
+        tokens_J = all_reduce_sum(counted_J.to(self.device) * counts)
         schedule = self._schedule()
         self.watch.begin(self.progress.step + 1)
         shares_J = self._accumulate(batches, tokens_J, schedule)
@@ -161,14 +167,21 @@ class Trainer:
         for number, batch in enumerate(batches, start=1):
             batch = batch.to(self.device)
             documents = batch.doc_ids_BS if self.config.data.mask_documents else None
-            tokens, labels = zip(*self._targets(batch), strict=True)
-            logits = self.model(batch.tokens_BS, batch.positions_BS, documents, ahead=tokens[1:])
-            sums_J = torch.stack([summed_cross_entropy(x, y) for x, y in zip(logits, labels, strict=True)])
+            # Of whole sequences, and only then of the positions that this rank holds.
+            tokens, labels = zip(*((self._own(x), self._own(y)) for x, y in self._targets(batch)), strict=True)
+            logits = self.model(tokens[0], self._own(batch.positions_BS), documents, ahead=tokens[1:])
+            vocabulary = self.meshes.dense["tensor"].get_group()
+            sums_J = torch.stack([summed_cross_entropy(x, y, vocabulary) for x, y in zip(logits, labels, strict=True)])
             losses_J = sums_J / tokens_J.clamp(min=1)
             loss = losses_J[0] + schedule.mtp_weight / max(depths, 1) * losses_J[1:].sum()
             self.engine.backward(loss, last=number == len(batches))
             shares_J += losses_J.detach()
-        return shares_J
+        # Ranks that hold the same positions have computed the same.
+        return shares_J * self.meshes.speaks
+
+    def _own(self, x_BS: torch.Tensor) -> torch.Tensor:
+        """The positions that this rank holds, [B, Q]."""
+        return positions_of(x_BS, self.meshes.rank("context"), self.meshes.size("context"))
 
     def _balance(self, result: StepResult, schedule: Schedule) -> torch.Tensor | None:
         """Sum the loads of all ranks; move the biases after an applied update."""
@@ -284,12 +297,12 @@ class Trainer:
         batches = self.data.validation_batches(
             sequences=sequences,
             micro_batch_size=self.config.train.micro_batch_size,
-            data_rank=self.rank,
+            data_rank=self.meshes.data_rank,
             data_ranks=self.config.parallel.data,
         )
         began_s = time.monotonic()
         mask = self.config.data.mask_documents
-        loss, tokens = evaluate(self.model, batches, mask_documents=mask, device=self.device)
+        loss, tokens = evaluate(self.model, batches, self.meshes, mask_documents=mask, device=self.device)
         record = {
             "kind": "validation",
             "step": self.progress.step,
@@ -307,7 +320,7 @@ class Trainer:
         train_s = time.monotonic() - self._started_s
         validation = self.validate(self.config.train.final_eval_sequences)
         text = ""
-        if self.config.train.sample_tokens:
+        if self.config.train.sample_tokens and self.meshes.shared["sequence"].size() == 1:
             text = generate(
                 self.model,
                 self.data.tokenizer,

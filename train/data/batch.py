@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from octofold.parallel.sequence import positions_of
+
 IGNORED_LABEL = -100
 """A label that counts for nothing: the `ignore_index` of torch's cross-entropy."""
 
@@ -41,6 +43,10 @@ class Batch:
             other_BS = self.doc_ids_BS[:, depth:] != self.doc_ids_BS[:, :kept]
             labels_BS[:, :kept][other_BS] = IGNORED_LABEL
         return tokens_BS, labels_BS
+
+    def at_context(self, rank: int, ranks: int) -> "Batch":
+        """The positions that a context rank holds, [B, Q] (parallel/sequence.py)."""
+        return Batch(*(positions_of(getattr(self, field.name), rank, ranks) for field in fields(self)))
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`."""

@@ -1,13 +1,16 @@
 """Multi-head latent attention (DeepSeek-V2, section 2.1), expanded for training and absorbed for generation.
 
-B sequences, S positions, C cached positions, D hidden width, H heads, n and r widths of the parts of a head without and
-with position, d = n + r, v width of a value, l rank of the latent that keys and values are expanded from.
+B sequences, S positions, of them Q of this context rank and P of this rank (parallel/sequence.py; one rank has all), C
+cached positions, D hidden width, H heads (those of this rank), n and r widths of the parts of a head without and with
+position, d = n + r, v width of a value, l rank of the latent that keys and values are expanded from.
 """
 
 import torch
 from torch import nn
 
 from octofold.kernels.registry import Kernels
+from octofold.parallel.apply import local
+from octofold.parallel.sequence import WholeSequence
 from octofold.train.models.config import ModelConfig
 from octofold.train.models.layers import Linear, RMSNorm
 from octofold.train.models.rope import rotate, softmax_scale
@@ -51,12 +54,17 @@ class LatentCache:
 
 
 class LatentAttention(nn.Module):
-    """Keys and values of all heads come from one latent of width l; one rotary key is shared by all heads."""
+    """Keys and values of all heads come from one latent of width l; one rotary key is shared by all heads.
+
+    So what ranks send each other of the positions they hold is that latent and that key, l + r numbers a token, and not
+    the keys and values of every head.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, kernels: Kernels) -> None:
         super().__init__()
         self.config, self.layer, self.kernels = config, layer, kernels
         self.scale = softmax_scale(config)
+        self.sequence = WholeSequence()
         heads, d = config.num_attention_heads, config.qk_head_dim
         hidden, rank = config.hidden_size, config.kv_lora_rank
         if config.q_lora_rank is None:
@@ -72,61 +80,59 @@ class LatentAttention(nn.Module):
 
     def forward(
         self,
-        x_BSD: torch.Tensor,
+        x_BPD: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
         doc_ids_BS: torch.Tensor | None,
         cache: LatentCache | None = None,
     ) -> torch.Tensor:
-        """[B, S, D] to [B, S, D].
+        """[B, P, D] to [B, P, D].
 
         Args:
-            rope: cosine and sine tables from `rope_tables`.
-            doc_ids_BS: given, a token attends inside its own document only.
+            rope: cosine and sine tables from `rope_tables`, of Q positions.
+            doc_ids_BS: of the whole sequence; given, a token attends inside its own document only.
             cache: given, the tokens follow those in the cache and are added to it. What follows others is computed in
                 the absorbed form; what begins a sequence is expanded, since many tokens make it the cheaper form.
         """
         c = self.config
-        q_BSHn, q_BSHr = self._queries(x_BSD).split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
-        q_BSHr = rotate(q_BSHr, *rope)
-        latent_BSl, k_BSr = self.kv_a_proj_with_mqa(x_BSD).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
-        latent_BSl, k_BSr = self.kv_a_layernorm(latent_BSl), rotate(k_BSr[:, :, None], *rope)[:, :, 0]
+        q_BQHn, q_BQHr = self._queries(x_BPD).split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
+        q_BQHr = rotate(q_BQHr, *rope)
+        latent_BPl, k_BPr = self.kv_a_proj_with_mqa(x_BPD).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
+        own_rope = [self.sequence.own(table) for table in rope]
+        latent_BPl, k_BPr = self.kv_a_layernorm(latent_BPl), rotate(k_BPr[:, :, None], *own_rope)[:, :, 0]
+        new_BSw = self.sequence.everyone(torch.cat([latent_BPl, k_BPr], dim=-1))
         kept_BCw = None
         if cache is not None:
             assert doc_ids_BS is None, "the cache holds one document a sequence"
-            kept_BCw = cache.extend(self.layer, torch.cat([latent_BSl, k_BSr], dim=-1))
-        if kept_BCw is None or kept_BCw.shape[1] == x_BSD.shape[1]:
-            out_BSHv = self._expanded(q_BSHn, q_BSHr, latent_BSl, k_BSr, doc_ids_BS)
+            kept_BCw = cache.extend(self.layer, new_BSw)
+        if kept_BCw is None or kept_BCw.shape[1] == new_BSw.shape[1]:
+            out_BQHv = self._expanded(q_BQHn, q_BQHr, new_BSw, doc_ids_BS)
         else:
-            out_BSHv = self._absorbed(q_BSHn, q_BSHr, kept_BCw)
-        return self.o_proj(out_BSHv.flatten(2))
+            out_BQHv = self._absorbed(q_BQHn, q_BQHr, kept_BCw)
+        return self.sequence.leave(self.o_proj(out_BQHv.flatten(2)))
 
-    def _queries(self, x_BSD: torch.Tensor) -> torch.Tensor:
+    def _queries(self, x_BPD: torch.Tensor) -> torch.Tensor:
         if self.config.q_lora_rank is None:
-            q = self.q_proj(x_BSD)
+            q = self.q_proj(self.sequence.enter(x_BPD))
         else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
-        return q.unflatten(-1, (self.config.num_attention_heads, -1))
+            q = self.q_b_proj(self.sequence.enter(self.q_a_layernorm(self.q_a_proj(x_BPD))))
+        return q.unflatten(-1, (-1, self.config.qk_head_dim))
 
     def _expanded(
-        self,
-        q_BSHn: torch.Tensor,
-        q_BSHr: torch.Tensor,
-        latent_BSl: torch.Tensor,
-        k_BSr: torch.Tensor,
-        doc_ids_BS: torch.Tensor | None,
+        self, q_BQHn: torch.Tensor, q_BQHr: torch.Tensor, new_BSw: torch.Tensor, doc_ids_BS: torch.Tensor | None
     ) -> torch.Tensor:
-        """Attention over keys and values of every head: [B, S, H, v]."""
+        """Attention over keys and values of every head, expanded from latents and rotary keys: [B, Q, H, v]."""
         c = self.config
-        kv_BSHw = self.kv_b_proj(latent_BSl).unflatten(-1, (c.num_attention_heads, -1))
+        latent_BSl, k_BSr = new_BSw.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
+        kv_BSHw = self.kv_b_proj(latent_BSl).unflatten(-1, (-1, c.qk_nope_head_dim + c.v_head_dim))
         k_BSHn, v_BSHv = kv_BSHw.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
-        k_BSHr = k_BSr[:, :, None].expand(*q_BSHr.shape)
+        k_BSHr = k_BSr[:, :, None].expand(*k_BSHn.shape[:-1], -1)
         # Transposed before they are joined, which saves a copy: attention wants heads before positions.
-        q_BHSd = torch.cat([q_BSHn.transpose(1, 2), q_BSHr.transpose(1, 2)], dim=-1)
+        q_BHQd = torch.cat([q_BQHn.transpose(1, 2), q_BQHr.transpose(1, 2)], dim=-1)
         k_BHSd = torch.cat([k_BSHn.transpose(1, 2), k_BSHr.transpose(1, 2)], dim=-1)
-        out_BHSv = self.kernels.attention(
-            q_BHSd, k_BHSd, v_BSHv.transpose(1, 2), scale=self.scale, doc_ids_BS=doc_ids_BS
+        out_BHQv = self.sequence.attend(
+            self.kernels.attention, q_BHQd, k_BHSd, v_BSHv.transpose(1, 2), scale=self.scale, doc_ids_BS=doc_ids_BS
         )
-        return out_BHSv.transpose(1, 2)
+        return out_BHQv.transpose(1, 2)
 
     def _absorbed(self, q_BSHn: torch.Tensor, q_BSHr: torch.Tensor, kept_BCw: torch.Tensor) -> torch.Tensor:
         """The same, with the expansion moved to the queries and the output: [B, S, H, v].
@@ -135,7 +141,7 @@ class LatentAttention(nn.Module):
         the cached latents as they are (DeepSeek-V2, section 2.1.2).
         """
         c, (sequences, new, heads, _), kept = self.config, q_BSHn.shape, kept_BCw.shape[1]
-        weight_Hwl = self.kv_b_proj.weight.unflatten(0, (heads, -1))
+        weight_Hwl = local(self.kv_b_proj.weight).unflatten(0, (heads, -1))
         up_k_Hnl, up_v_Hvl = weight_Hwl.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
         q_BSHw = torch.cat([torch.einsum("bshn,hnl->bshl", q_BSHn, up_k_Hnl), q_BSHr], dim=-1)
         # One key for all heads, so positions and heads are rows of one product.

@@ -1,10 +1,11 @@
 """Losses that even the load of experts, each sequence on its own, so that no layout changes them.
 
-B sequences, S positions, E experts, K experts a token, G groups of experts.
+B sequences, S positions (of them those of this rank), E experts, K experts a token, G groups of experts.
 """
 
 import torch
 
+from octofold.parallel.sequence import WholeSequence
 from octofold.train.models.config import ModelConfig
 
 LOSSES = ("sequence", "expert", "device", "communication", "z")
@@ -12,7 +13,11 @@ LOSSES = ("sequence", "expert", "device", "communication", "z")
 
 
 def balance_losses(
-    config: ModelConfig, logits_BSE: torch.Tensor, scores_BSE: torch.Tensor, experts_BSK: torch.Tensor
+    config: ModelConfig,
+    logits_BSE: torch.Tensor,
+    scores_BSE: torch.Tensor,
+    experts_BSK: torch.Tensor,
+    sequence: WholeSequence,
 ) -> dict[str, torch.Tensor]:
     """The losses that have a weight, unweighted, summed over sequences.
 
@@ -27,27 +32,28 @@ def balance_losses(
     Args:
         logits_BSE, scores_BSE: of the gate, FP32 or FP64.
         experts_BSK: the chosen experts, int64.
+        sequence: takes means over all positions, those of other ranks too.
     """
     wanted = [name for name in LOSSES if getattr(config.balance, f"{name}_loss")]
     groups, K = config.n_group, experts_BSK.shape[-1]
-    share_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)
+    share_BE = sequence.mean(scores_BSE / scores_BSE.sum(-1, keepdim=True))
     share_BG = share_BE.unflatten(1, (groups, -1)).sum(-1)
     chosen_BSE = torch.zeros_like(scores_BSE, requires_grad=False).scatter_(2, experts_BSK, 1.0)
     losses: dict[str, torch.Tensor] = {}
     if "sequence" in wanted:
         best_BSK = scores_BSE.detach().topk(K, dim=-1).indices
-        alone_BE = torch.zeros_like(chosen_BSE).scatter_(2, best_BSK, 1.0).mean(1)
+        alone_BE = sequence.mean(torch.zeros_like(chosen_BSE).scatter_(2, best_BSK, 1.0))
         losses["sequence"] = (alone_BE * share_BE).sum() * (config.n_routed_experts / K)
-    load_BE = chosen_BSE.mean(1) * (config.n_routed_experts / K)
+    load_BE = sequence.mean(chosen_BSE) * (config.n_routed_experts / K)
     if "expert" in wanted:
         losses["expert"] = (load_BE * share_BE).sum()
     if "device" in wanted:
         losses["device"] = (load_BE.unflatten(1, (groups, -1)).mean(-1) * share_BG).sum()
     if "communication" in wanted:
-        sent_BG = chosen_BSE.unflatten(2, (groups, -1)).amax(-1).mean(1) * (groups / config.topk_group)
+        sent_BG = sequence.mean(chosen_BSE.unflatten(2, (groups, -1)).amax(-1)) * (groups / config.topk_group)
         losses["communication"] = (sent_BG * share_BG).sum()
     if "z" in wanted:
-        losses["z"] = logits_BSE.logsumexp(-1).square().mean(1).sum()
+        losses["z"] = sequence.mean(logits_BSE.logsumexp(-1).square()).sum()
     return losses
 
 

@@ -2,7 +2,8 @@
 
 What a layer is made of is looked up by the kinds that the configuration gives it. Parameter names are those that
 transformers gives DeepSeek-V2 and V3 in memory, less the prefix `model.`.
-B sequences, S positions, D hidden width, V vocabulary.
+B sequences, S positions, of them Q of this context rank and P of this rank (parallel/sequence.py; one rank has all), D
+hidden width, V entries of the vocabulary that this rank has logits of.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from torch import nn
 
 from octofold.kernels.registry import Kernels
 from octofold.parallel.plan import ParallelPlan
+from octofold.parallel.sequence import WholeSequence
 from octofold.train.models.attention import LatentAttention, LatentCache
 from octofold.train.models.config import ModelConfig
 from octofold.train.models.gate import TopKGate
@@ -25,6 +27,12 @@ ATTENTIONS = {"latent": LatentAttention}
 """By `ModelConfig.attention_kind`."""
 RESIDUALS = {"sum": SumResidual}
 """By `ModelConfig.residual_kind`."""
+
+
+COLUMNS = ("embed_tokens", "q_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "lm_head")
+"""Linear layers, by the last part of their name, whose outputs (heads, widths, entries) tensor ranks divide."""
+ROWS = ("o_proj", "down_proj")
+"""Those that take what such a layer gave."""
 
 
 class DecoderLayer(nn.Module):
@@ -49,7 +57,7 @@ class DecoderLayer(nn.Module):
         doc_ids_BS: torch.Tensor | None,
         cache: LatentCache | None = None,
     ) -> torch.Tensor:
-        """The residual stream ([B, S, D] in the plain kind) after this layer; arguments as in the attention."""
+        """The residual stream ([B, P, D] in the plain kind) after this layer; arguments as in the attention."""
         stream = self.residual.join(stream, lambda x: self.self_attn(self.input_layernorm(x), rope, doc_ids_BS, cache))
         return self.residual.join(stream, lambda x: self.mlp(self.post_attention_layernorm(x)))
 
@@ -63,6 +71,7 @@ class Decoder(nn.Module):
         """`config.vocab_size` must be set; parameters are empty (train/models/init.py fills them)."""
         super().__init__()
         self.config = config
+        self.sequence = WholeSequence()
         layers, depths = config.num_hidden_layers, config.num_nextn_predict_layers
         self.residual = RESIDUALS[config.residual_kind]()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
@@ -75,15 +84,19 @@ class Decoder(nn.Module):
             MtpDepth(config, self.layer_class(config, layers + depth, kernels), kernels) for depth in range(depths)
         )
 
-    def embed(self, tokens_BS: torch.Tensor) -> torch.Tensor:
-        """Embeddings, [B, S, D]. A model with further inputs overrides this."""
-        return self.embed_tokens(tokens_BS)
+    def embed(self, tokens_BQ: torch.Tensor) -> torch.Tensor:
+        """Embeddings, [B, P, D]. A model with further inputs overrides this."""
+        return self.embed_tokens(tokens_BQ)
+
+    def logits(self, hidden_BPD: torch.Tensor) -> torch.Tensor:
+        """[B, Q, V] in the compute dtype."""
+        return self.lm_head(self.sequence.enter(hidden_BPD))
 
     @overload
     def forward(
         self,
-        tokens_BS: torch.Tensor,
-        positions_BS: torch.Tensor,
+        tokens_BQ: torch.Tensor,
+        positions_BQ: torch.Tensor,
         doc_ids_BS: torch.Tensor | None = None,
         *,
         cache: LatentCache | None = None,
@@ -92,8 +105,8 @@ class Decoder(nn.Module):
     @overload
     def forward(
         self,
-        tokens_BS: torch.Tensor,
-        positions_BS: torch.Tensor,
+        tokens_BQ: torch.Tensor,
+        positions_BQ: torch.Tensor,
         doc_ids_BS: torch.Tensor | None = None,
         *,
         ahead: Sequence[torch.Tensor],
@@ -101,37 +114,37 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        tokens_BS: torch.Tensor,
-        positions_BS: torch.Tensor,
+        tokens_BQ: torch.Tensor,
+        positions_BQ: torch.Tensor,
         doc_ids_BS: torch.Tensor | None = None,
         *,
         cache: LatentCache | None = None,
         ahead: Sequence[torch.Tensor] | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
-        """Logits [B, S, V] in the compute dtype; with `ahead`, a list of them: the next token's, then each depth's.
+        """Logits [B, Q, V] in the compute dtype; with `ahead`, a list of them: the next token's, then each depth's.
 
         Args:
-            tokens_BS: int64.
-            positions_BS: int64, for the rotary embedding.
-            doc_ids_BS: int64; given, a token attends inside its own document only.
+            tokens_BQ: int64.
+            positions_BQ: int64, for the rotary embedding.
+            doc_ids_BS: int64, of the whole sequence; given, a token attends inside its own document only.
             cache: given, the tokens follow those in the cache and are added to it.
-            ahead: one int64 [B, S] for each depth of multi-token prediction: the tokens 1, 2, … places further on.
+            ahead: one int64 [B, Q] for each depth of multi-token prediction: the tokens 1, 2, … places further on.
         """
-        x_BSD = self.embed(tokens_BS)
-        rope = rope_tables(positions_BS, self.config, x_BSD.dtype)
-        stream = self.residual.begin(x_BSD)
+        x_BPD = self.embed(tokens_BQ)
+        rope = rope_tables(positions_BQ, self.config, x_BPD.dtype)
+        stream = self.residual.begin(x_BPD)
         for layer in self.layers:
             stream = layer(stream, rope, doc_ids_BS, cache)
         if cache is not None:
-            cache.advance(tokens_BS.shape[1])
-        hidden_BSD = self.norm(self.residual.end(stream))
-        logits_BSV = self.lm_head(hidden_BSD)
+            cache.advance(tokens_BQ.shape[1])
+        hidden_BPD = self.norm(self.residual.end(stream))
+        logits_BQV = self.logits(hidden_BPD)
         if ahead is None:
-            return logits_BSV
-        predicted = [logits_BSV]
-        for depth, next_BS in zip(self.mtp, ahead, strict=True):
-            hidden_BSD = depth(self.embed(next_BS), hidden_BSD, rope, doc_ids_BS)
-            predicted.append(self.lm_head(hidden_BSD))
+            return logits_BQV
+        predicted = [logits_BQV]
+        for depth, next_BQ in zip(self.mtp, ahead, strict=True):
+            hidden_BPD = depth(self.embed(next_BQ), hidden_BPD, rope, doc_ids_BS)
+            predicted.append(self.logits(hidden_BPD))
         return predicted
 
     def _numbered_layers(self) -> Iterator[tuple[int, str, DecoderLayer]]:
@@ -152,7 +165,14 @@ class Decoder(nn.Module):
             for _, name, layer in self._numbered_layers()
             if isinstance(layer.mlp, MixtureOfExperts)
         ]
-        return ParallelPlan(blocks=tuple(blocks), experts=tuple(experts))
+        named = dict(self.named_modules())
+        return ParallelPlan(
+            blocks=tuple(blocks),
+            experts=tuple(experts),
+            columns=tuple(name for name in named if name.rpartition(".")[2] in COLUMNS),
+            rows=tuple(name for name in named if name.rpartition(".")[2] in ROWS),
+            sequences=tuple(name for name, module in named.items() if hasattr(module, "sequence")),
+        )
 
     def gates(self) -> dict[int, TopKGate]:
         """The gate of each layer with experts, by layer number."""

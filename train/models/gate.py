@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from octofold.parallel.sequence import WholeSequence
 from octofold.train.models.balance import LOSSES, balance_losses, inject
 from octofold.train.models.config import ModelConfig
 
@@ -27,6 +28,7 @@ class TopKGate(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.sequence = WholeSequence()
         experts = config.n_routed_experts
         self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
         bias = torch.zeros(experts, dtype=torch.float32) if config.topk_method == "noaux_tc" else None
@@ -58,7 +60,7 @@ class TopKGate(nn.Module):
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
         weights_TK = weights_TK * c.routed_scaling_factor
         if self.training and self.has_losses:
-            losses = balance_losses(c, logits_BSE, scores_BSE, experts_TK.view(*x_BSD.shape[:2], -1))
+            losses = balance_losses(c, logits_BSE, scores_BSE, experts_TK.view(*x_BSD.shape[:2], -1), self.sequence)
             weights_TK = inject(weights_TK, self._weighted(losses), self.loss_scale.to(exact))
         return experts_TK, weights_TK
 
@@ -76,7 +78,8 @@ class TopKGate(nn.Module):
 
     def _weighted(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
         for name, loss in losses.items():
-            self.loss_sums_J[LOSSES.index(name)] += loss.detach()
+            # Every rank that shares these sequences adds the same.
+            self.loss_sums_J[LOSSES.index(name)] += loss.detach() / self.sequence.ranks
         return torch.stack([getattr(self.config.balance, f"{name}_loss") * loss for name, loss in losses.items()]).sum()
 
 

@@ -12,6 +12,8 @@ from torch import nn
 
 from octofold.kernels.fp8 import Fp8State
 from octofold.kernels.registry import Kernels
+from octofold.parallel.apply import local
+from octofold.parallel.sequence import WholeSequence
 
 
 class Linear(nn.Linear):
@@ -25,7 +27,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] to [..., out]."""
-        return super().forward(x) if self.fp8 is None else self.fp8.linear(x, self.weight)
+        weight = local(self.weight)
+        return nn.functional.linear(x, weight) if self.fp8 is None else self.fp8.linear(x, weight)
 
 
 class Embedding(nn.Embedding):
@@ -36,10 +39,11 @@ class Embedding(nn.Embedding):
     def __init__(self, entries: int, width: int) -> None:
         super().__init__(entries, width)
         self.fp8: Fp8State | None = None
+        self.sequence = WholeSequence()
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """int64 [...] to [..., D]."""
-        rows = super().forward(tokens)
+        """int64 [B, Q] to [B, P, D] (parallel/sequence.py)."""
+        rows = self.sequence.lookup(tokens, local(self.weight))
         return rows if self.fp8 is None else self.fp8.stored(rows)
 
 
@@ -65,18 +69,19 @@ class FeedForward(nn.Module):
         self.up_proj = Linear(hidden_size, intermediate_size)
         self.down_proj = Linear(intermediate_size, hidden_size)
         self.kernels = kernels
+        self.sequence = WholeSequence()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., D] to [..., D]."""
-        gate_up, down = self._gate_up(x), self.down_proj
+    def forward(self, x_BPD: torch.Tensor) -> torch.Tensor:
+        """[B, P, D] to [B, P, D] (parallel/sequence.py)."""
+        gate_up, down = self._gate_up(self.sequence.enter(x_BPD)), self.down_proj
         if down.fp8 is not None:
-            return down.fp8.swiglu_linear(gate_up, down.weight)
-        return down(self.kernels.swiglu(gate_up))
+            return self.sequence.leave(down.fp8.swiglu_linear(gate_up, local(down.weight)))
+        return self.sequence.leave(down(self.kernels.swiglu(gate_up)))
 
     def _gate_up(self, x: torch.Tensor) -> torch.Tensor:
         """Both projections: [..., 2·I]."""
         gate, up = self.gate_proj, self.up_proj
-        joined = torch.cat([gate.weight, up.weight]) if can_join(gate, up) else None
+        joined = torch.cat([local(gate.weight), local(up.weight)]) if can_join(gate, up) else None
         if joined is None:
             return torch.cat([gate(x), up(x)], dim=-1)
         # One product with both weights: joining weights copies less than joining activations.
@@ -89,7 +94,8 @@ def can_join(first: Linear, second: Linear) -> bool:
         return first.fp8 is second.fp8
     recipe, other = first.fp8.recipe, second.fp8.recipe
     high, turned = recipe.weight.tile[0], recipe.turned_weight.tile[1]
-    return recipe == other and all(size and first.out_features % size == 0 for size in (high, turned))
+    rows = local(first.weight).shape[0]
+    return recipe == other and all(size and rows % size == 0 for size in (high, turned))
 
 
 class SumResidual:

@@ -59,7 +59,7 @@ class MixtureOfExperts(nn.Module):
         self.run_experts = LocalExperts()
 
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        """[B, S, D] to [B, S, D]; in training mode the gate's `load_E` counts the copies sent to each expert."""
+        """[B, P, D] to [B, P, D]; in training mode the gate's `load_E` counts the copies sent to each expert."""
         x_TD = x_BSD.flatten(0, 1)
         experts_TK, weights_TK = self.gate(x_BSD)
         counts_E = torch.bincount(experts_TK.flatten(), minlength=self.gate.load_E.shape[0])
@@ -70,5 +70,5 @@ class MixtureOfExperts(nn.Module):
         outputs_ND = self.run_experts(self.experts, copies_ND, counts_E, self.kernels)
         routed_TD = self.kernels.unpermute(outputs_ND, weights_TK, order)
         if self.shared_experts is not None:
-            routed_TD = routed_TD + self.shared_experts(x_TD)
+            return routed_TD.view_as(x_BSD) + self.shared_experts(x_BSD)
         return routed_TD.view_as(x_BSD)

@@ -1,6 +1,6 @@
 """Multi-token prediction: at each position, one more token ahead (DeepSeek-V3, section 2.2).
 
-B sequences, S positions, D hidden width.
+B sequences, S positions, of them P of this rank (parallel/sequence.py; one rank has all), D hidden width.
 """
 
 import torch
@@ -33,17 +33,17 @@ class MtpDepth(nn.Module):
 
     def forward(
         self,
-        embedded_BSD: torch.Tensor,
-        hidden_BSD: torch.Tensor,
+        embedded_BPD: torch.Tensor,
+        hidden_BPD: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
         doc_ids_BS: torch.Tensor | None,
     ) -> torch.Tensor:
-        """[B, S, D] for the head and for the next depth.
+        """[B, P, D] for the head and for the next depth.
 
         Args:
-            embedded_BSD: embeddings of the tokens that the depth before predicts.
-            hidden_BSD: what the depth before gave its head.
+            embedded_BPD: embeddings of the tokens that the depth before predicts.
+            hidden_BPD: what the depth before gave its head.
             rope, doc_ids_BS: as in the layers.
         """
-        joined_BSD = self.eh_proj(torch.cat([self.enorm(embedded_BSD), self.hnorm(hidden_BSD)], dim=-1))
-        return self.norm(self.block(joined_BSD, rope, doc_ids_BS))
+        joined_BPD = self.eh_proj(torch.cat([self.enorm(embedded_BPD), self.hnorm(hidden_BPD)], dim=-1))
+        return self.norm(self.block(joined_BPD, rope, doc_ids_BS))

@@ -4,11 +4,13 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
+from torch import nn
 
 from octofold.backends.base import Capabilities
 from octofold.backends.errors import ConfigError
 from octofold.kernels.qtensor import E4M3, E5M2, Format
 from octofold.kernels.recipe import Recipe, block_recipe, mx_recipe, tensor_recipe
+from octofold.parallel.plan import ParallelPlan
 from octofold.parallel.transport import Transport
 from octofold.train.precision.config import FP8, PrecisionConfig
 
@@ -90,6 +92,34 @@ def require_arithmetic(precision: PrecisionConfig, capabilities: Capabilities) -
         "precision.arithmetic=storage multiplies in BF16 and keeps and sends FP8"
     )
     raise ConfigError("precision.arithmetic", shown, rule, remedy)
+
+
+def require_whole_tiles(model: nn.Module, plan: ParallelPlan, precision: PrecisionConfig, tensor: int) -> None:
+    """Refuse tensor ranks that would cut a quantisation block: its halves would be scaled apart.
+
+    Args:
+        model: unsplit.
+
+    Raises:
+        ConfigError: naming the module, its width and the block.
+    """
+    if tensor == 1:
+        return
+    for name, dim in [*((name, 0) for name in plan.columns), *((name, 1) for name in plan.rows)]:
+        recipe = recipe_for(precision, name)
+        if recipe is None:
+            continue
+        width = model.get_submodule(name).get_parameter("weight").shape[dim]
+        along = recipe.gradient if dim == 0 else recipe.activation
+        tiles = (recipe.weight.tile[dim], recipe.turned_weight.tile[1 - dim], along.tile[1])
+        cut = next((tile for tile in tiles if not tile or width % (tensor * tile)), None)
+        if cut is not None:
+            block = f"blocks of {cut}" if cut else "one scale a tensor"
+            shown = f"parallel.tensor={tensor} precision.name={recipe.name}"
+            sides = ("outputs", "inputs")
+            rule = f"{name} has {width} {sides[dim]} for {tensor} tensor ranks, in {block}: none is cut"
+            remedy = "parallel.tensor=1, a smaller precision.block, or the module in BF16 by precision.overrides"
+            raise ConfigError("parallel.tensor", shown, rule, remedy)
 
 
 def plan_rows(
