@@ -18,3 +18,15 @@ class ParallelPlan:
     """Modules whose weight [out, in] tensor ranks split along in: each computes a part of every output's sum."""
     sequences: tuple[str, ...] = ()
     """Modules with an attribute `sequence` (parallel/sequence.py), through which they see tokens of other ranks."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of a model that is one stage of a pipeline; stages follow one another without gaps."""
+
+    layers: range
+    """Numbers of its layers, those of multi-token prediction not counted: they belong to the last stage."""
+    first: bool = True
+    """It begins with the embedding."""
+    last: bool = True
+    """It ends with the final norm, the head and multi-token prediction."""

@@ -2,18 +2,20 @@
 
 What a layer is made of is looked up by the kinds that the configuration gives it. Parameter names are those that
 transformers gives DeepSeek-V2 and V3 in memory, less the prefix `model.`.
+A stage of a pipeline is a decoder with only some of the layers, under their names in the whole.
 B sequences, S positions, of them Q of this context rank and P of this rank (parallel/sequence.py; one rank has all), D
 hidden width, V entries of the vocabulary that this rank has logits of.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import overload
+from copy import copy, deepcopy
+from typing import Self, overload
 
 import torch
 from torch import nn
 
 from octofold.kernels.registry import Kernels
-from octofold.parallel.plan import ParallelPlan
+from octofold.parallel.plan import ParallelPlan, Part
 from octofold.parallel.sequence import WholeSequence
 from octofold.train.models.attention import LatentAttention, LatentCache
 from octofold.train.models.config import ModelConfig
@@ -71,11 +73,12 @@ class Decoder(nn.Module):
         """`config.vocab_size` must be set; parameters are empty (train/models/init.py fills them)."""
         super().__init__()
         self.config = config
+        self.part = Part(range(config.num_hidden_layers))
         self.sequence = WholeSequence()
         layers, depths = config.num_hidden_layers, config.num_nextn_predict_layers
         self.residual = RESIDUALS[config.residual_kind]()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(self.layer_class(config, i, kernels) for i in range(layers))
+        self.layers = nn.ModuleDict({str(i): self.layer_class(config, i, kernels) for i in range(layers)})
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
@@ -83,6 +86,35 @@ class Decoder(nn.Module):
         self.mtp = nn.ModuleList(
             MtpDepth(config, self.layer_class(config, layers + depth, kernels), kernels) for depth in range(depths)
         )
+
+    def stage(self, part: Part) -> Self:
+        """A decoder of some of this one's layers and, at the ends of the pipeline, what stands beside them.
+
+        It takes over the modules that it keeps. The last stage has an embedding of its own where it needs one (for
+        multi-token prediction, or a tied head): a copy, whose gradient is a share of the embedding's.
+        """
+        stage = copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, dict):  # tables of submodules and hooks, which a shallow copy shares
+                setattr(stage, name, copy(value))
+        stage.part = part
+        stage.layers = nn.ModuleDict({str(i): self.layers[str(i)] for i in part.layers})
+        if stage.copies_embedding:
+            stage.embed_tokens = deepcopy(self.embed_tokens)
+            if self.config.tie_word_embeddings:
+                stage.lm_head.weight = stage.embed_tokens.weight
+        elif not part.first:
+            del stage.embed_tokens
+        if not part.last:
+            del stage.norm, stage.lm_head
+            stage.mtp = nn.ModuleList()
+        return stage
+
+    @property
+    def copies_embedding(self) -> bool:
+        """Whether the embedding here is a copy; its original is the first stage's."""
+        wanted = bool(self.config.num_nextn_predict_layers) or self.config.tie_word_embeddings
+        return wanted and self.part.last and not self.part.first
 
     def embed(self, tokens_BQ: torch.Tensor) -> torch.Tensor:
         """Embeddings, [B, P, D]. A model with further inputs overrides this."""
@@ -123,20 +155,23 @@ class Decoder(nn.Module):
     ) -> torch.Tensor | list[torch.Tensor]:
         """Logits [B, Q, V] in the compute dtype; with `ahead`, a list of them: the next token's, then each depth's.
 
+        A stage that is not the last returns the residual stream.
+
         Args:
-            tokens_BQ: int64.
+            tokens_BQ: int64; to a stage that is not the first, the residual stream instead.
             positions_BQ: int64, for the rotary embedding.
             doc_ids_BS: int64, of the whole sequence; given, a token attends inside its own document only.
             cache: given, the tokens follow those in the cache and are added to it.
             ahead: one int64 [B, Q] for each depth of multi-token prediction: the tokens 1, 2, … places further on.
         """
-        x_BPD = self.embed(tokens_BQ)
-        rope = rope_tables(positions_BQ, self.config, x_BPD.dtype)
-        stream = self.residual.begin(x_BPD)
-        for layer in self.layers:
+        stream = self.residual.begin(self.embed(tokens_BQ)) if self.part.first else tokens_BQ
+        rope = rope_tables(positions_BQ, self.config, stream.dtype)
+        for layer in self.layers.values():
             stream = layer(stream, rope, doc_ids_BS, cache)
         if cache is not None:
-            cache.advance(tokens_BQ.shape[1])
+            cache.advance(positions_BQ.shape[1])
+        if not self.part.last:
+            return stream
         hidden_BPD = self.norm(self.residual.end(stream))
         logits_BQV = self.logits(hidden_BPD)
         if ahead is None:
@@ -149,17 +184,17 @@ class Decoder(nn.Module):
 
     def _numbered_layers(self) -> Iterator[tuple[int, str, DecoderLayer]]:
         """(number, name, layer) of every layer, those of multi-token prediction last."""
-        for number, layer in enumerate(self.layers):
+        for name, layer in self.layers.items():
             assert isinstance(layer, DecoderLayer)
-            yield number, f"layers.{number}", layer
+            yield int(name), f"layers.{name}", layer
         for number, depth in enumerate(self.mtp):
             assert isinstance(depth, MtpDepth)
             assert isinstance(depth.block, DecoderLayer)
-            yield len(self.layers) + number, f"mtp.{number}.block", depth.block
+            yield self.config.num_hidden_layers + number, f"mtp.{number}.block", depth.block
 
     def plan(self) -> ParallelPlan:
         """What parallel/ needs to know."""
-        blocks = [f"layers.{i}" for i in range(len(self.layers))] + [f"mtp.{i}" for i in range(len(self.mtp))]
+        blocks = [f"layers.{i}" for i in self.layers] + [f"mtp.{i}" for i in range(len(self.mtp))]
         experts = [
             f"{name}.mlp.experts"
             for _, name, layer in self._numbered_layers()
