@@ -4,7 +4,7 @@ World = pipeline x data_replicate x data_shard x context x tensor, outermost fir
 data_shard x context x tensor = expert_data x expert x expert_tensor.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from octofold.backends.errors import ConfigError
@@ -22,6 +22,18 @@ class ParallelConfig:
     tensor: int = 1
     expert: int = 1
     expert_tensor: int = 1
+
+    pipeline_schedule: str = "1f1b"
+    """Of forward and backward passes over micro-batches: gpipe, 1f1b, interleaved, zbv (zero bubble), dualpipev."""
+    pipeline_stages: int = 0
+    """Stages that each pipeline rank holds; 0: what the schedule wants (2 for interleaved, zbv, dualpipev, else 1)."""
+    pipeline_split: list[int] = field(default_factory=list)
+    """Layers of each stage, from the first to the last; empty: split evenly, counting what stands at the ends."""
+    pipeline_embedding_layers: float = 0.0
+    """As how many layers the embedding counts in an even split."""
+    pipeline_head_layers: float = 1.0
+    """As how many layers the head counts in an even split; each depth of multi-token prediction counts as much again,
+    and a layer."""
 
     @property
     def data(self) -> int:
