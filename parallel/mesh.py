@@ -57,6 +57,11 @@ class Meshes:
         return self.rank("tensor") == 0 and self.rank("pipeline") == 0
 
     @property
+    def whole_model(self) -> bool:
+        """Does a rank compute every layer, over all positions and all of its width (experts aside)?"""
+        return self.size("pipeline") == 1 and self.shared["sequence"].size() == 1
+
+    @property
     def expert_group(self) -> Group:
         """The ranks that together hold every expert once."""
         return self.experts["expert"].get_group()

@@ -107,6 +107,13 @@ def error_with_broken_model(config: RunConfig, run_dir: Path) -> str:
     return str(caught.value)
 
 
+def refusal(config: RunConfig, run_dir: Path) -> str:
+    """What the user is told instead of a run."""
+    with pytest.raises(UserError) as caught:
+        build(config, run_dir)
+    return str(caught.value)
+
+
 def resave(config: RunConfig, run_dir: Path) -> None:
     """Load what `config.resume` names and save it into `run_dir` from this layout."""
     trainer = build(config, run_dir)

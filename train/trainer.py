@@ -320,7 +320,9 @@ class Trainer:
         train_s = time.monotonic() - self._started_s
         validation = self.validate(self.config.train.final_eval_sequences)
         text = ""
-        if self.config.train.sample_tokens and self.meshes.shared["sequence"].size() == 1:
+        if self.config.train.sample_tokens and not self.meshes.whole_model:
+            self.console.info("no sample: no rank sees all of a sequence and a model; `octofold sample` reads the run")
+        elif self.config.train.sample_tokens:
             text = generate(
                 self.model,
                 self.data.tokenizer,
