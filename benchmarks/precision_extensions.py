@@ -23,7 +23,7 @@ COMMON = [
     "model=deepseek_v3_tiny",
     "backend=cpu",
     "backend.threads=1",
-    "optim.lr=3e-3",
+    "optim.lr=3e-4",
     "optim.moments=bf16",
     "model.balance.bias_update_rate=0.01",
     "data.sequence_length=64",
@@ -35,7 +35,8 @@ COMMON = [
     "train.final_eval_sequences=4",
     "train.sample_tokens=0",
 ]
-FP8 = ["precision=fp8_block", "precision.arithmetic=emulate", "precision.block=16", "precision.watch_every=0"]
+EMULATED = ["precision.arithmetic=emulate", "precision.watch_every=0"]
+FP8 = ["precision=fp8_block", *EMULATED, "precision.block=16"]
 
 
 def override(*entries: str) -> str:
@@ -56,9 +57,8 @@ CHOICES = {
     "- powers of two: FP32 scales": [*FP8, "precision.scale_fmt=float"],
     "- FP8 inputs kept: BF16": [*FP8, "precision.saved=bf16"],
     "storage only": [*FP8, "precision.arithmetic=storage"],
-    "mxfp8": [*FP8, "precision.name=mxfp8"],
-    "fp8_tensor_current": [*FP8, "precision.name=fp8_tensor_current"],
-    "fp8_tensor_delayed": [*FP8, "precision.name=fp8_tensor_delayed"],
+    # Their tiles are part of what they are.
+    **{name: [f"precision={name}", *EMULATED] for name in ("mxfp8", "fp8_tensor_current", "fp8_tensor_delayed")},
 }
 
 
@@ -77,7 +77,7 @@ def main() -> None:
     """Train, then print one line a choice."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=320)
-    parser.add_argument("--only", default="", help="choices whose name holds this")
+    parser.add_argument("--only", default="", help="choices whose name holds this word, or one of several with commas")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
@@ -90,7 +90,7 @@ def main() -> None:
             f"{'BF16, rounded otherwise':32} {floor.mean:+.3%} ± {floor.half_width:.3%}   noise floor {floor.reach:.3%}"
         )
         for number, (name, overrides) in enumerate(CHOICES.items()):
-            if options.only not in name:
+            if not any(word in name for word in options.only.split(",")):
                 continue
             found = losses(root / str(number), overrides, options.steps)
             error = interval([relative_error(found, bf16, SMOOTHING)], SMOOTHING)
