@@ -19,7 +19,7 @@ verbs:
   train     train a model, or go on with a run
   sample    write text from a run's newest checkpoint
   report    draw a run: loss, expert load, throughput
-  verify    prove a configuration: FP8 against BF16
+  verify    prove a configuration: a layout against one rank, FP8 against BF16
   import    begin a run from a Hugging Face checkpoint
   export    write a run's checkpoint for Hugging Face transformers, vLLM and others
 
@@ -68,11 +68,22 @@ Draws loss, learning rate, gradient norm, expert load and throughput of a run, a
 """
 
 VERIFY_USAGE = """\
-usage: octofold verify precision [GROUP=OPTION ...] [KEY=VALUE ...] [verify.KEY=VALUE ...] [--config-dir DIR]
+usage: octofold verify layout|precision [GROUP=OPTION ...] [KEY=VALUE ...] [verify.KEY=VALUE ...] [--config-dir DIR]
 
-Trains what `octofold train` would in FP8, in BF16, and in BF16 that differs in rounding only, on the same batches from
-the same initial weights. Compares the loss curves (does FP8 stay within the bar, and does the noise floor of the two
-BF16 runs allow to tell?) and holds every product of FP8 layers to FP64 and to the reference. Writes
+layout: does the configured layout compute what one rank would? Runs the job in small on CPU ranks of this machine and
+on one, and compares losses, each parameter's gradient, norm, expert loads and biases, and the weights after three
+steps: worst offender first, with what is wrong. Writes runs/verify-layout-TIME/ (or run_dir) with result.json.
+
+  octofold verify layout model=deepseek_v3 parallel.expert=4 parallel.data_shard=4
+
+  verify.precision=fp64     fp64: the proof, to 1e-9; fp32: a smoke test; fp8: is the recipe's error that of one rank?
+  verify.ranks=8            most ranks; larger degrees are halved, none that is above 1 below 2
+  verify.steps=null         null: 3
+  verify.seeds=1            repeated from train.seed, train.seed+1, ...
+
+precision: trains what `octofold train` would in FP8, in BF16, and in BF16 that differs in rounding only, on the same
+batches from the same initial weights. Compares the loss curves (does FP8 stay within the bar, and does the noise floor
+of the two BF16 runs allow to tell?) and holds every product of FP8 layers to FP64 and to the reference. Writes
 runs/verify-precision-TIME/ (or run_dir): the runs, result.json, curves.png. Given that run_dir again, it goes on there.
 
   octofold verify precision experiment=quickstart precision=fp8_block precision.arithmetic=emulate

@@ -5,9 +5,10 @@ import os
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from octofold.backends.errors import ConfigError, UserError
+from octofold.backends.errors import ConfigError, UserError, unknown_name_error
 
-SUBJECTS = ["precision"]
+SUBJECTS = ["layout", "precision"]
+LAYOUT_PRECISIONS = ["fp64", "fp32", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -15,13 +16,17 @@ class VerifyConfig:
     """The `verify` keys."""
 
     steps: int | None = None
-    """Steps of each run, and what the learning rate's schedule goes by; null: train.steps."""
+    """Steps of each run, and what the learning rate's schedule goes by; null: train.steps, of a layout 3."""
     smoothing: float = 0.9
-    """Weight of the past in the exponential moving average of the losses; 0 does not smooth."""
+    """precision: weight of the past in the exponential moving average of the losses; 0 does not smooth."""
     bar: float = 0.0025
-    """Relative error of the smoothed loss that FP8 may have; DeepSeek-V3's is 0.25%."""
+    """precision: relative error of the smoothed loss that FP8 may have; DeepSeek-V3's is 0.25%."""
     seeds: int = 1
-    """Three runs for each: train.seed, the next, and so on."""
+    """The proof is repeated from train.seed, the next, and so on."""
+    precision: str = "fp64"
+    """layout: fp64 (the proof), fp32 (a smoke test), or fp8 (is the recipe's error that of one rank?)."""
+    ranks: int = 8
+    """layout: the most ranks on this machine; larger degrees are halved, none that is above 1 below 2."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,10 @@ def check(verify: VerifyConfig) -> None:
         raise ConfigError("verify.bar", verify.bar, "a relative error between 0 and 1", "verify.bar=0.0025")
     if verify.seeds < 1:
         raise ConfigError("verify.seeds", verify.seeds, "at least one seed", "verify.seeds=1")
+    if verify.ranks < 2:
+        raise ConfigError("verify.ranks", verify.ranks, "a layout spans at least two ranks", "verify.ranks=8")
+    if verify.precision not in LAYOUT_PRECISIONS:
+        raise unknown_name_error("verify.precision", verify.precision, LAYOUT_PRECISIONS)
 
 
 def run(argv: list[str]) -> int:
@@ -54,7 +63,8 @@ def run(argv: list[str]) -> int:
     from octofold.launch.local import join
 
     if not argv or argv[0] not in SUBJECTS:
-        rule, remedy = f"what is verified is one of: {', '.join(SUBJECTS)}", f"octofold verify {SUBJECTS[0]}"
+        rule = f"what is verified is one of: {', '.join(SUBJECTS)}"
+        remedy = "octofold verify layout parallel.expert=2"
         raise UserError(f"verify {argv[0] if argv else ''}\n  rule:   {rule}\n  remedy: {remedy}")
     if join(dict(os.environ)):
         rule = "a verification starts its own ranks, and a launcher has made this process one already"
@@ -65,6 +75,10 @@ def run(argv: list[str]) -> int:
     others = [text for text, chosen in zip(options.overrides, is_ours, strict=True) if not chosen]
     settings = apply(VerifyJob(), parse(ours)).verify
     check(settings)
+    if argv[0] == "layout":
+        from octofold.launch.verify_layout import verify_layout
+
+        return verify_layout(settings, others, options.config_dir)
     from octofold.launch.verify_precision import verify_precision
 
     return verify_precision(settings, others, options.config_dir)

@@ -242,15 +242,15 @@ def _write_result(path: Path, settings: VerifyConfig, answer: Answer, verdict: V
         "unmeasured": products.unmeasured,
         "modules": modules,
     }
-    path.write_text(json.dumps(_plain(result), indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(plain(result), indent=2) + "\n", encoding="utf-8")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What JSON knows: numbers that are not finite become texts."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,6 +1,7 @@
 """Fixtures that many tests share: warm ranks, a world of one, poisoned memory; and hypothesis without chance."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from octofold.backends.config import BackendConfig
 from octofold.backends.cpu import CpuBackend
 from octofold.backends.process_group import RankInfo, joined
 from octofold.parallel.local_ranks import LocalRanks
+from octofold.train.config import RunConfig
+from octofold.train.layout.facts import RankFacts
+from octofold.train.layout.prove import facts, one_rank
 
 settings.register_profile("octofold", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("octofold")
@@ -28,6 +32,26 @@ def ranks() -> Iterator[Callable[[int], LocalRanks]]:
     yield lambda n: warm.setdefault(n, LocalRanks(n))
     for started in warm.values():
         started.close()
+
+
+@pytest.fixture(scope="session")
+def layout_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the text that proofs of layouts read."""
+    return tmp_path_factory.mktemp("layouts")
+
+
+@pytest.fixture(scope="session")
+def alone(ranks: Callable[[int], LocalRanks], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RankFacts]:
+    """`alone(config)`: what one rank sees of a run, computed once for all its layouts."""
+    known: dict[str, RankFacts] = {}
+
+    def of(config: RunConfig) -> RankFacts:
+        single = one_rank(config)
+        if (key := repr(single)) not in known:
+            (known[key],) = facts(single, 1, tmp_path_factory.mktemp("alone"), ranks)
+        return known[key]
+
+    return of
 
 
 @pytest.fixture

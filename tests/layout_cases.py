@@ -1,0 +1,100 @@
+"""The layouts that the parity suite proves, all in one place, and the runs that it proves them on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+import octofold.train.build
+from octofold.launch.compose import apply, compose, parse
+from octofold.launch.config import JobConfig
+from octofold.parallel.mesh import build_meshes
+from octofold.train.config import RunConfig, validate
+from octofold.train.layout.facts import RankFacts
+from octofold.train.layout.record import record
+from octofold.train.layout.twin import smallest_world, twin
+
+SEQUENCES, TOKENS = 8, 32
+"""Of the global batch; of a sequence."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, as the overrides of `parallel` that make it: "data_shard=2 expert=2"."""
+
+    degrees: str
+    micro: int = 2
+    """Sequences of a micro-batch: most layouts accumulate."""
+    slow: bool = True
+
+    def __str__(self) -> str:
+        return self.degrees.replace(" ", ",") or "one"
+
+
+def _cases(micro: int, slow: bool, *degrees: str) -> list[Case]:
+    return [Case(text, micro, slow) for text in degrees]
+
+
+DEFAULT = [
+    *_cases(2, False, "data_shard=2", "expert=2"),
+    *_cases(1, False, "data_shard=4 expert=2"),
+]
+"""What the default suite proves; the rest is slow."""
+FULL = [
+    *DEFAULT,
+    *_cases(4, True, "data_shard=2", "expert=2"),
+    *_cases(1, True, "data_shard=8", "expert=4", "expert=8", "data_shard=8 expert=2", "data_shard=8 expert=4"),
+]
+MODELS = ("v2", "v3")
+"""Tiny DeepSeek-V2, and tiny DeepSeek-V3 with multi-token prediction."""
+
+
+@cache
+def _job(model: str) -> JobConfig:
+    return compose([f"model=deepseek_{model}_tiny", f"data.sequence_length={TOKENS}", "precision=fp64"])
+
+
+def run_of(model: str, case: Case, folder: Path, *texts: str) -> tuple[RunConfig, int]:
+    """The validated run of a case on FP64, three steps of the same batches for every case, and how many ranks it has.
+
+    Args:
+        folder: gets the text that the run reads.
+        texts: further overrides.
+    """
+    degrees = [f"parallel.{text}" for text in case.degrees.split()]
+    job = apply(_job(model), parse([*degrees, *(t for t in texts if not t.startswith("train."))]))
+    ranks = smallest_world(job.parallel)
+    job = replace(job, parallel=replace(job.parallel, data_shard=_data_shard(job, ranks)))
+    small = twin(job, folder, steps=3, precision=job.precision)
+    train = replace(small.train, global_batch_size=SEQUENCES, micro_batch_size=case.micro)
+    small = apply(replace(small, train=train), parse([t for t in texts if t.startswith("train.")]))
+    return validate(small, ranks), ranks
+
+
+def _data_shard(job: JobConfig, ranks: int) -> int:
+    parallel = job.parallel
+    return ranks // (parallel.pipeline * parallel.data_replicate * parallel.context * parallel.tensor)
+
+
+_meshes = cache(build_meshes)
+
+
+def record_again(config: RunConfig, run_dir: Path, around: Callable[[], Any] | None = None) -> RankFacts:
+    """`record` on warm ranks: the meshes of equal degrees are made once, since process groups last as long as ranks.
+
+    Args:
+        around: makes a context to record in, such as a planted fault.
+    """
+    original = octofold.train.build.build_meshes
+    octofold.train.build.build_meshes = _meshes  # type: ignore[assignment]
+    try:
+        if around is None:
+            return record(config, run_dir)
+        with around():
+            return record(config, run_dir)
+    finally:
+        octofold.train.build.build_meshes = original
+        dist.barrier()

@@ -1,0 +1,32 @@
+"""Planted faults: the proof of a layout says no and names what is wrong; without a fault it accuses nobody."""
+
+import re
+
+import pytest
+from layout_cases import Case, run_of
+
+from octofold.train.layout.prove import prove
+
+LAYOUT = Case("data_shard=4 expert=2", micro=1)
+MASKED = "data.mask_documents=true"  # so that ranks count different numbers of tokens
+MOVED = r"expert bias of layers [\d, ]+ moved by local counts"
+PLANTED = {
+    "experts_not_summed": r"all expert weights, and of nothing else, .* contributions of some ranks are missing",
+    "experts_summed_twice": r"gradients of all expert weights are 2x those of one rank: summed once too often",
+    "bias_from_local_counts": MOVED,
+    "divided_by_local_tokens": r"loss is off by the factor \d.*tokens_global/tokens_local is .* their own valid tokens",
+    "mean_of_local_means": r"loss is off by the factor [01]\.\d+.* own valid tokens and took the mean",
+    "mtp_gradient_dropped": r"mtp\.\* gradients are missing.*\n.*MTP losses are missing in the gradients of",
+    "mtp_block_detached": r"mtp\.\* gradients are missing",
+    "norm_counts_experts_twice": r"gradients are right, and the norm counts expert weights 2x",
+    "balance_loss_lost_on_a_rank": r"balance losses are lost, or counted twice, on some ranks",
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_planted_fault_is_named(fault, layout_root, alone, ranks, tmp_path):
+    config, count = run_of("v3", LAYOUT, layout_root, MASKED)
+    proof = prove(config, count, tmp_path, ranks, expected=alone(config), task=f"layout_faults:{fault}")
+    assert not proof.holds
+    assert proof.differences[0].error > 1e-6
+    assert re.search(PLANTED[fault], "\n".join(proof.diagnosis)), proof.diagnosis

@@ -1,0 +1,144 @@
+"""The proof of a layout: a run on its ranks and the same run on one, held to one another."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from math import sqrt
+from pathlib import Path
+
+import numpy as np
+
+from octofold.parallel.config import ParallelConfig
+from octofold.parallel.local_ranks import LocalRanks
+from octofold.train.config import RunConfig, validate
+from octofold.train.layout.diagnosis import explain
+from octofold.train.layout.facts import Arrays, RankFacts
+from octofold.train.layout.verdict import Difference, compare, told
+from octofold.train.models.config import BalanceConfig, ModelConfig
+from octofold.train.precision.config import PrecisionConfig
+
+RECORD = "octofold.train.layout.record:record"
+"""What every rank does; tests plant faults around it."""
+TIMEOUT_S = 600.0
+TOLERANCE = {"fp64": 1e-9, "fp32": 1e-3}
+"""Relative. FP32 is a smoke test: Adam and the choice of experts amplify rounding."""
+FP8_BAR = 1.2
+"""An FP8 layout's error against FP64 may be so many times that of the FP8 run on one rank."""
+
+Ranks = Callable[[int], LocalRanks]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was found."""
+
+    holds: bool
+    tolerance: float
+    differences: list[Difference]
+    """Of every number and tensor, the worst first."""
+    diagnosis: list[str]
+    """What is wrong; empty where the proof holds."""
+
+
+def one_rank(config: RunConfig, *, whole_batch: bool = True) -> RunConfig:
+    """The same run on one rank.
+
+    Args:
+        whole_batch: in one micro-batch; else in micro-batches of the same size, where rounding depends on it.
+    """
+    micro = config.train.global_batch_size if whole_batch else config.train.micro_batch_size
+    alone = replace(config, parallel=ParallelConfig(), train=replace(config.train, micro_batch_size=micro))
+    return validate(alone, 1)
+
+
+def facts(config: RunConfig, ranks: int, run_dir: Path, on: Ranks, task: str = RECORD) -> list[RankFacts]:
+    """What each of so many ranks saw of the run."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    found: list[RankFacts] = on(ranks).run(task, config, run_dir, timeout_s=TIMEOUT_S)
+    return found
+
+
+def prove(
+    config: RunConfig,
+    ranks: int,
+    folder: Path,
+    on: Ranks,
+    *,
+    expected: RankFacts | None = None,
+    task: str = RECORD,
+) -> Proof:
+    """Run the layout and one rank, and compare; a wrong layout is explained.
+
+    Args:
+        config: validated for `ranks`, in fp64 or fp32.
+        folder: gets a run folder for each run.
+        on: the processes, by their number.
+        expected: what one rank saw, where that is known already.
+        task: what each rank of the layout does.
+    """
+    tolerance = TOLERANCE[config.precision.name]
+    alone = one_rank(config)
+    if expected is None:
+        (expected,) = facts(alone, 1, folder / "one_rank", on)
+    found = facts(config, ranks, folder / "layout", on, task)
+    differences = compare(told(found), told([expected]), tolerance)
+
+    @cache
+    def without(loss: str) -> Arrays | None:
+        model = _silenced(alone.model, loss)
+        if model == alone.model:
+            return None
+        silent = replace(alone, model=model, train=replace(alone.train, steps=1))
+        (seen,) = facts(silent, 1, folder / f"without_{loss.replace(' ', '_')}", on)
+        return seen.steps[0].gradients
+
+    diagnosis = explain(found, expected, differences, tolerance, without)
+    return Proof(differences[0].error <= tolerance, tolerance, differences, diagnosis)
+
+
+def _silenced(model: ModelConfig, loss: str) -> ModelConfig:
+    if loss == "MTP losses":
+        depths = model.num_nextn_predict_layers
+        return replace(model, mtp=replace(model.mtp, loss_weight=0.0, late_loss_weight=0.0)) if depths else model
+    kept = {name: getattr(model.balance, name) for name in ("bias_update_rate", "bias_update_until")}
+    return replace(model, balance=BalanceConfig(**kept))
+
+
+@dataclass(frozen=True)
+class Fp8Proof:
+    """Errors of the first step's gradients against FP64, relative, over all parameters at once."""
+
+    layout: float
+    one_rank: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the layout adds no more than the bar allows."""
+        return self.layout <= FP8_BAR * self.one_rank
+
+
+def prove_fp8(config: RunConfig, ranks: int, folder: Path, on: Ranks) -> Fp8Proof:
+    """Run the FP8 layout, FP8 on one rank and FP64 on one rank.
+
+    Args:
+        config: validated for `ranks`, in an FP8 recipe.
+    """
+    one_step = replace(config, train=replace(config.train, steps=1))
+    optim = replace(one_step.optim, moments="fp32")
+    exact = replace(one_rank(replace(one_step, optim=optim, precision=PrecisionConfig("fp64"))))
+    (truth,) = facts(exact, 1, folder / "one_rank_fp64", on)
+    (alone,) = facts(one_rank(one_step, whole_batch=False), 1, folder / "one_rank_fp8", on)
+    spread = facts(one_step, ranks, folder / "layout", on)
+    gradients: Arrays = {}
+    for of_rank in reversed(spread):
+        gradients |= of_rank.steps[0].gradients
+    right = truth.steps[0].gradients
+    return Fp8Proof(error_of(gradients, right), error_of(alone.steps[0].gradients, right))
+
+
+def error_of(found: Arrays, right: Arrays) -> float:
+    """Root of the summed squared differences, relative to the right gradients'; infinite where one is missing."""
+    if found.keys() != right.keys():
+        return float("inf")
+    apart = sum(float(np.square(found[name].astype(np.float64) - b).sum()) for name, b in right.items())
+    return sqrt(apart / sum(float(np.square(b).sum()) for b in right.values()))

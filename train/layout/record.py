@@ -1,0 +1,100 @@
+"""A short run on this rank with everything that a layout must not change written down. Collective."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate
+
+from octofold.backends.process_group import RankInfo
+from octofold.backends.registry import resolve
+from octofold.train.config import RunConfig
+from octofold.train.console import Console, RunProgress
+from octofold.train.data.batch import Batch
+from octofold.train.engines.native import StepResult
+from octofold.train.layout.facts import Arrays, RankFacts, StepFacts
+from octofold.train.loss import valid_tokens
+from octofold.train.main import build_trainer
+from octofold.train.stop import StopSignals
+from octofold.train.trainer import Trainer
+
+
+def record(config: RunConfig, run_dir: Path) -> RankFacts:
+    """Train `config.train.steps` steps on the default process group; what this rank saw.
+
+    Collective. Nothing is saved or evaluated; `run_dir` gets the tokenizer and the metrics.
+
+    Args:
+        config: validated, for as many ranks as the default group has, with train.log_every=1.
+    """
+    assert config.train.log_every == 1, config.train.log_every
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    info = RankInfo(rank, ranks, rank, ranks)
+    trainer = build_trainer(config, run_dir, resolve(config.backend.name), info, Console(enabled=False))
+    try:
+        witness = _Witness(trainer)
+        steps = tuple(witness.step() for _ in range(config.train.steps))
+    finally:
+        trainer.loader.close()
+        if trainer.metrics is not None:
+            trainer.metrics.close()
+    return RankFacts(rank, steps, spoken_for(trainer.model.named_parameters()))
+
+
+@torch.no_grad()
+def spoken_for(named: Iterable[tuple[str, torch.Tensor]], factor: float = 1.0) -> Arrays:
+    """Unsplit copies, times `factor`, of the tensors that this rank speaks for. Collective over each tensor's mesh.
+
+    Along an axis that splits a tensor all ranks put the same whole together, so the first of them speaks. Along one
+    that copies it each rank speaks for its own copy: nothing but the layout's own sums makes copies equal.
+    """
+    spoken: Arrays = {}
+    for name, tensor in named:
+        whole, speaks = tensor, True
+        if isinstance(tensor, DTensor):
+            whole, coordinate = tensor.full_tensor(), tensor.device_mesh.get_coordinate()
+            assert coordinate is not None, name
+            split = [not isinstance(placement, Replicate) for placement in tensor.placements]
+            speaks = not any(place for place, is_split in zip(coordinate, split, strict=True) if is_split)
+        if speaks:
+            wide = whole.detach() if whole.dtype == torch.float64 else whole.detach().float()
+            spoken[name] = (wide * factor).cpu().numpy()
+    return spoken
+
+
+class _Witness(RunProgress):
+    """Stands where a step passes by: at the loader, before the engine's step, at the report."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._next_step, self._engine_step = trainer.loader.next_step, trainer.engine.step
+        self._facts: dict[str, Any] = {}
+        trainer.loader.next_step = self._read  # type: ignore[method-assign]
+        trainer.engine.step = self._update  # type: ignore[method-assign]
+
+    def step(self) -> StepFacts:
+        """One step of the run."""
+        self._trainer.step(StopSignals(), self)
+        gates = self._trainer.gates.items()
+        biases = {n: gate.e_score_correction_bias for n, gate in gates if gate.e_score_correction_bias is not None}
+        return StepFacts(**self._facts, biases={layer: bias.double().cpu().numpy().copy() for layer, bias in biases.items()})
+
+    def update(self, record: Mapping[str, Any]) -> None:
+        """The report of a step, which every rank makes."""
+        self._facts["report"] = dict(record)
+
+    def _read(self) -> list[Batch]:
+        batches = self._next_step()
+        self._facts["own_tokens"] = sum(valid_tokens(batch.labels_BS) for batch in batches)
+        return batches
+
+    def _update(self) -> StepResult:
+        parameters = dict(self._trainer.model.named_parameters())
+        graded = [(name, p.grad) for name, p in parameters.items() if p.grad is not None]
+        self._facts["gradients"] = spoken_for(graded, 1 / self._trainer.engine.scaler.scale)
+        self._facts["without_gradient"] = tuple(name for name, p in parameters.items() if p.grad is None)
+        self._facts["loads"] = {n: gate.load_E.cpu().numpy().copy() for n, gate in self._trainer.gates.items()}
+        return self._engine_step()

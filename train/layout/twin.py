@@ -1,0 +1,164 @@
+"""A job in small: the same kinds of everything, the same layout, sizes that CPUs prove in seconds. Torch-free.
+
+Dimensions shrink, structure stays: groups of experts, low-rank projections, shared experts, dense first layers,
+multi-token prediction, balance losses, document masks, accumulation. Degrees of parallelism shrink where the world has
+more ranks than a machine can play, and none that is above 1 becomes 1.
+"""
+
+import random
+from dataclasses import replace
+from math import gcd, lcm, prod
+from pathlib import Path
+
+from octofold.backends.config import BackendConfig
+from octofold.kernels.config import KernelsConfig
+from octofold.parallel.config import DENSE_DEGREES, ParallelConfig
+from octofold.train.config import OptimConfig, RunConfig, TrainConfig
+from octofold.train.data.config import DataConfig
+from octofold.train.models.config import ModelConfig
+from octofold.train.precision.config import PrecisionConfig
+
+TINY_HIDDEN, TINY_LAYERS, TINY_EXPERTS = 128, 8, 64
+"""A model within all of these stays as it is."""
+SEQUENCE = 64
+DOCUMENTS = 240
+
+
+def smallest_world(parallel: ParallelConfig) -> int:
+    """Ranks of the smallest job with these degrees; an inferred `data_shard` becomes what the experts need at least."""
+    others = prod(getattr(parallel, name) for name in DENSE_DEGREES if name != "data_shard")
+    inner = parallel.context * parallel.tensor
+    experts = parallel.expert * parallel.expert_tensor
+    data_shard = parallel.data_shard if parallel.data_shard != -1 else lcm(experts, inner) // inner
+    return others * data_shard
+
+
+def shrunk(parallel: ParallelConfig, most: int) -> ParallelConfig:
+    """Resolved degrees, the largest halved until the world has at most so many ranks, none that is above 1 below 2."""
+    world = prod(getattr(parallel, name) for name in DENSE_DEGREES)
+    while world > most:
+        name = max(DENSE_DEGREES, key=lambda name: getattr(parallel, name))
+        degree = getattr(parallel, name)
+        if degree <= 2:
+            break
+        parallel = replace(parallel, **{name: max(2, degree // 2)})
+        world = prod(getattr(parallel, name) for name in DENSE_DEGREES)
+    span = parallel.data_shard * parallel.context * parallel.tensor
+    expert_tensor = gcd(parallel.expert_tensor, span)
+    return replace(parallel, expert_tensor=expert_tensor, expert=gcd(parallel.expert, span // expert_tensor))
+
+
+def twin(config: RunConfig, folder: Path, *, steps: int, precision: PrecisionConfig) -> RunConfig:
+    """The job in small, on text of its own in `folder`; still to be validated.
+
+    Args:
+        config: with `parallel` resolved, and small enough.
+    """
+    parallel, train = config.parallel, config.train
+    accumulation = train.global_batch_size // (train.micro_batch_size * parallel.data)
+    micro = min(train.micro_batch_size, 2)
+    # Enough micro-batches for a pipeline to be full; one or two otherwise.
+    micro_batches = min(max(accumulation, 1), max(2, 2 * parallel.pipeline))
+    return replace(
+        config,
+        resume=None,
+        model=small_model(config.model, parallel),
+        data=_small_data(config.data, parallel, folder),
+        precision=precision,
+        optim=_small_optim(config.optim, precision),
+        train=TrainConfig(
+            steps=steps,
+            global_batch_size=micro * micro_batches * parallel.data,
+            micro_batch_size=micro,
+            seed=train.seed,
+            deterministic=True,
+            log_every=1,
+            eval_every=0,
+            sample_tokens=0,
+        ),
+        # One thread a rank: how a sum is split over threads decides its last bits.
+        backend=BackendConfig(name="cpu", threads=1),
+        kernels=KernelsConfig(),
+    )
+
+
+def is_tiny(model: ModelConfig) -> bool:
+    """Whether a model can be proved as it is."""
+    return (
+        model.hidden_size <= TINY_HIDDEN
+        and model.num_hidden_layers <= TINY_LAYERS
+        and model.n_routed_experts <= TINY_EXPERTS
+    )
+
+
+def small_model(model: ModelConfig, parallel: ParallelConfig) -> ModelConfig:
+    """The model's structure in tiny dimensions that the degrees divide; a tiny model as it is, but for balancing.
+
+    Biases move faster, so that three steps change who is chosen.
+    """
+    balance = model.balance
+    if balance.bias_update_rate:
+        model = replace(model, balance=replace(balance, bias_update_rate=max(balance.bias_update_rate, 0.02)))
+    model = replace(model, vocab_size=0)
+    if is_tiny(model):
+        return model
+    tensor, chosen = parallel.tensor, min(model.num_experts_per_tok, 8)
+    layers = min(model.num_hidden_layers, max(4, parallel.pipeline))
+    expert_width = 32 * parallel.expert_tensor
+    return replace(
+        model,
+        hidden_size=lcm(64, tensor),
+        num_hidden_layers=layers,
+        first_k_dense_replace=min(model.first_k_dense_replace, 1 if layers < model.num_hidden_layers else layers),
+        intermediate_size=lcm(192, tensor),
+        # Logits of size 1, so that a mistake shows.
+        initializer_range=max(model.initializer_range, 0.1),
+        num_attention_heads=lcm(4, tensor),
+        q_lora_rank=None if model.q_lora_rank is None else 48,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        n_routed_experts=_experts(model, parallel.expert, chosen),
+        num_experts_per_tok=chosen,
+        moe_intermediate_size=expert_width,
+        num_nextn_predict_layers=min(model.num_nextn_predict_layers, 2),
+        max_position_embeddings=max(model.max_position_embeddings, SEQUENCE) if model.max_position_embeddings else 0,
+    )
+
+
+def _experts(model: ModelConfig, degree: int, chosen: int) -> int:
+    """The fewest experts that groups and ranks divide, with a choice among them: twice as many as a token takes."""
+    step = lcm(model.n_group, degree)
+    reachable = 2 * chosen * model.n_group // model.topk_group
+    least = min(model.n_routed_experts, max(reachable, 2 * model.n_group))
+    return -(-least // step) * step
+
+
+def _small_optim(optim: OptimConfig, precision: PrecisionConfig) -> OptimConfig:
+    moments = "fp32" if precision.name == "fp64" else optim.moments
+    return replace(optim, moments=moments, warmup_steps=min(optim.warmup_steps, 2))
+
+
+def _small_data(data: DataConfig, parallel: ParallelConfig, folder: Path) -> DataConfig:
+    step = 2 * parallel.context * parallel.tensor
+    length = -(-min(data.sequence_length, SEQUENCE) // step) * step
+    return DataConfig(
+        source="text",
+        path=str(write_text(folder / "text")),
+        sequence_length=length,
+        mask_documents=data.mask_documents,
+        validation_share=0.0,
+        cache_dir=str(folder / "cache"),
+    )
+
+
+def write_text(folder: Path, documents: int = DOCUMENTS) -> Path:
+    """Text files of 5 to 200 bytes, the same on every call, so that sequences hold few or many of them."""
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "experts", "idle", "and"]
+    choose = random.Random(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(documents):
+        text = " ".join(choose.choices(words, k=choose.choice([1, 2, 4, 8, 40])))
+        (folder / f"{number:03}.txt").write_text(f"{number}: {text}.\n", encoding="utf-8")
+    return folder
