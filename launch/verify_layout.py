@@ -1,8 +1,9 @@
 """`octofold verify layout`: does the configured layout compute what one rank would?
 
 The job in small (train/layout/twin.py) runs on CPU ranks of this machine and on one, from equal weights on equal
-tokens: the losses, every parameter's gradient, the norm, every expert's load and bias, and the weights at the end are held to
-one another (train/layout/verdict.py), the worst first, and a difference is explained (train/layout/diagnosis.py).
+tokens: the losses, every parameter's gradient, the norm, every expert's load and bias, and the weights at the end are
+held to one another (train/layout/verdict.py), the worst first, and a difference is explained
+(train/layout/diagnosis.py).
 
     FOLDER/config.yaml   the job in small
     FOLDER/one_rank/  FOLDER/layout/   metrics of the runs; those of further seeds in FOLDER/seed_N/
@@ -56,8 +57,8 @@ def verify_layout(
     if ranks == 1:
         rule = "a layout is compared with one rank, so it has more"
         raise ConfigError("parallel", "every degree is 1", rule, "such as parallel.expert=2 or launch.nproc_per_node=2")
-    folder = make_run_folder(asked if asked.run_dir else replace(asked, name="verify-layout"))
     precision = _precision(settings, asked)
+    folder = make_run_folder(asked if asked.run_dir else replace(asked, name="verify-layout"))
     proofs: dict[int, Proof | Fp8Proof] = {}
     with _warm_ranks() as on:
         for number in range(settings.seeds):

@@ -28,26 +28,38 @@ class Case:
     degrees: str
     micro: int = 2
     """Sequences of a micro-batch: most layouts accumulate."""
-    slow: bool = True
 
     def __str__(self) -> str:
         return self.degrees.replace(" ", ",") or "one"
 
 
-def _cases(micro: int, slow: bool, *degrees: str) -> list[Case]:
-    return [Case(text, micro, slow) for text in degrees]
+def _cases(micro: int, *degrees: str) -> list[Case]:
+    return [Case(text, micro) for text in degrees]
 
 
 DEFAULT = [
-    *_cases(2, False, "data_shard=2", "expert=2"),
-    *_cases(1, False, "data_shard=4 expert=2"),
+    *_cases(2, "data_shard=2", "data_replicate=2", "expert=2", "tensor=2", "context=2"),
+    *_cases(2, "tensor=2 context=2 expert=2", "data_replicate=2 data_shard=2 expert=2"),
 ]
 """What the default suite proves; the rest is slow."""
-FULL = [
-    *DEFAULT,
-    *_cases(4, True, "data_shard=2", "expert=2"),
-    *_cases(1, True, "data_shard=8", "expert=4", "expert=8", "data_shard=8 expert=2", "data_shard=8 expert=4"),
+SINGLE = _cases(1, "data_shard=4", "data_shard=8", "data_replicate=4", "expert=4", "expert=8")
+SINGLE += _cases(4, "tensor=4", "context=4")
+PAIRS = [
+    *_cases(1, "data_replicate=2 data_shard=2", "data_shard=4 expert=2", "data_replicate=2 expert=2"),
+    *_cases(1, "data_shard=2 tensor=2", "data_shard=2 context=2"),
+    *_cases(1, "data_replicate=2 tensor=2", "data_replicate=2 context=2"),
+    *_cases(2, "tensor=2 expert=2", "tensor=2 expert=4", "context=2 expert=2", "context=2 expert=4"),
+    *_cases(4, "tensor=2 context=2"),
 ]
+"""Every two degrees together, smallest first."""
+SEVERAL = [
+    *_cases(1, "data_shard=2 tensor=2 context=2", "data_shard=2 tensor=2 expert=2"),
+    *_cases(1, "data_shard=2 context=2 expert=4", "data_shard=4 tensor=2 expert=8"),
+    *_cases(1, "data_replicate=2 tensor=2 context=2 expert=2", "data_replicate=2 data_shard=2 tensor=2 expert=4"),
+    *_cases(1, "data_shard=2 tensor=2 context=2 expert=2", "data_shard=2 tensor=2 context=2 expert=8"),
+]
+"""Three to five together."""
+FULL = [*SINGLE, *PAIRS, *SEVERAL]
 MODELS = ("v2", "v3")
 """Tiny DeepSeek-V2, and tiny DeepSeek-V3 with multi-token prediction."""
 

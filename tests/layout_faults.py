@@ -1,6 +1,7 @@
 """The commonest silent faults of parallel training, planted around a run on every rank: tasks like `record`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -121,6 +122,19 @@ def norm_counts_experts_twice(config: RunConfig, run_dir: Path) -> RankFacts:
         return copies(gradient) / (2 if "expert_data" in names else 1)
 
     with patch("octofold.parallel.norm.copies_in_world", faulty):
+        return record_again(config, run_dir)
+
+
+def norm_weights_not_summed_over_tensor(config: RunConfig, run_dir: Path) -> RankFacts:
+    """Tensor ranks sum the gradients of what they all have whole over data and context ranks alone."""
+    shards = octofold.parallel.apply._Shards
+    over = shards.over
+
+    def faulty(*args: Any) -> Any:
+        right = over(*args)
+        return replace(right, infos={**right.infos, "whole": right.infos["split"]})
+
+    with patch.object(shards, "over", staticmethod(faulty)):
         return record_again(config, run_dir)
 
 

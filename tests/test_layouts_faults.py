@@ -1,6 +1,8 @@
 """Planted faults: the proof of a layout says no and names what is wrong; without a fault it accuses nobody."""
 
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 from layout_cases import Case, run_of
@@ -10,6 +12,7 @@ from octofold.train.layout.prove import prove
 LAYOUT = Case("data_shard=4 expert=2", micro=1)
 MASKED = "data.mask_documents=true"  # so that ranks count different numbers of tokens
 MOVED = r"expert bias of layers [\d, ]+ moved by local counts"
+SPLIT = Case("data_shard=2 tensor=2", micro=1)
 PLANTED = {
     "experts_not_summed": r"all expert weights, and of nothing else, .* contributions of some ranks are missing",
     "experts_summed_twice": r"gradients of all expert weights are 2x those of one rank: summed once too often",
@@ -20,13 +23,35 @@ PLANTED = {
     "mtp_block_detached": r"mtp\.\* gradients are missing",
     "norm_counts_experts_twice": r"gradients are right, and the norm counts expert weights 2x",
     "balance_loss_lost_on_a_rank": r"balance losses are lost, or counted twice, on some ranks",
+    "norm_weights_not_summed_over_tensor": r"copies of .* have different gradients: not summed over the ranks",
 }
 
 
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_planted_fault_is_named(fault, layout_root, alone, ranks, tmp_path):
-    config, count = run_of("v3", LAYOUT, layout_root, MASKED)
+    case = SPLIT if fault.endswith("over_tensor") else LAYOUT
+    config, count = run_of("v3", case, layout_root, MASKED)
     proof = prove(config, count, tmp_path, ranks, expected=alone(config), task=f"layout_faults:{fault}")
     assert not proof.holds
     assert proof.differences[0].error > 1e-6
     assert re.search(PLANTED[fault], "\n".join(proof.diagnosis)), proof.diagnosis
+
+
+FAULTLESS = [LAYOUT, SPLIT, Case("expert=2")]
+
+
+def accused(case: Case, seed: int, layout_root: Path, alone: Any, ranks: Any, folder: Path) -> list[str]:
+    config, count = run_of("v3", case, layout_root, MASKED, f"train.seed={seed}")
+    return prove(config, count, folder, ranks, expected=alone(config), task="layout_cases:record_again").diagnosis
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_nobody_is_accused_without_a_fault(seed, layout_root, alone, ranks, tmp_path):
+    assert accused(LAYOUT, seed, layout_root, alone, ranks, tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("case", FAULTLESS, ids=str)
+def test_nobody_is_accused_over_twenty_seeds(case, seed, layout_root, alone, ranks, tmp_path):
+    assert accused(case, seed, layout_root, alone, ranks, tmp_path) == []

@@ -1,5 +1,7 @@
 """A short run on this rank with everything that a layout must not change written down. Collective."""
 
+import logging
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,14 +36,18 @@ def record(config: RunConfig, run_dir: Path) -> RankFacts:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     info = RankInfo(rank, ranks, rank, ranks)
     trainer = build_trainer(config, run_dir, resolve(config.backend.name), info, Console(enabled=False))
+    # What torch says of its own future, and of how it gathers for us, says nothing of the layout.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     try:
-        witness = _Witness(trainer)
-        steps = tuple(witness.step() for _ in range(config.train.steps))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            witness = _Witness(trainer)
+            steps = tuple(witness.step() for _ in range(config.train.steps))
+            return RankFacts(rank, steps, spoken_for(trainer.model.named_parameters()))
     finally:
         trainer.loader.close()
         if trainer.metrics is not None:
             trainer.metrics.close()
-    return RankFacts(rank, steps, spoken_for(trainer.model.named_parameters()))
 
 
 @torch.no_grad()
@@ -80,7 +86,9 @@ class _Witness(RunProgress):
         self._trainer.step(StopSignals(), self)
         gates = self._trainer.gates.items()
         biases = {n: gate.e_score_correction_bias for n, gate in gates if gate.e_score_correction_bias is not None}
-        return StepFacts(**self._facts, biases={layer: bias.double().cpu().numpy().copy() for layer, bias in biases.items()})
+        return StepFacts(
+            **self._facts, biases={layer: bias.double().cpu().numpy().copy() for layer, bias in biases.items()}
+        )
 
     def update(self, record: Mapping[str, Any]) -> None:
         """The report of a step, which every rank makes."""
