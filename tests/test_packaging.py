@@ -151,7 +151,7 @@ print(kernels.__file__, octofold.kernels.config.__file__, sep="\\n")
 def test_the_declared_ranges():
     assert PROJECT["requires-python"] == ">=3.11"
     (torch,) = [r for r in requirements(PROJECT["dependencies"]) if r.name == "torch"]
-    assert torch.specifier == SpecifierSet(">=2.11,<2.14")
+    assert torch.specifier == SpecifierSet(">=2.13,<2.14")
 
 
 def test_the_base_install_names_no_accelerator_package():
