@@ -48,6 +48,9 @@ def join(environ: MutableMapping[str, str]) -> Joined | None:
             return None
         environ["RANK"], environ["WORLD_SIZE"] = environ["SLURM_PROCID"], tasks
         environ["LOCAL_RANK"] = environ.get("SLURM_LOCALID", "0")
+        tasks = environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_TASKS_PER_NODE", ""))
+        if tasks:
+            environ["LOCAL_WORLD_SIZE"] = str(tasks_of_node(tasks, int(environ.get("SLURM_NODEID", "0"))))
         nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_NODELIST", environ.get("SLURM_JOB_NODELIST")))
         if nodes:
             environ.setdefault("MASTER_ADDR", first_host(nodes))
@@ -55,7 +58,8 @@ def join(environ: MutableMapping[str, str]) -> Joined | None:
             # Below the ephemeral ports, and different for jobs that share a node.
             environ.setdefault("MASTER_PORT", str(20000 + int(environ["SLURM_JOB_ID"]) % 10000))
     # Launchers of one process a node leave it out.
-    environ.setdefault("LOCAL_RANK", "0")
+    if "LOCAL_RANK" not in environ:
+        environ["LOCAL_RANK"], environ["LOCAL_WORLD_SIZE"] = "0", "1"
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environ]
     if missing:
         rule = "a launcher that sets RANK and WORLD_SIZE also says where rank 0 listens"
@@ -83,6 +87,15 @@ def first_host(nodes: str) -> str:
     """The first host of a Slurm node list, such as node003 of node[003-005,7],other."""
     first = re.split(r",(?![^\[]*\])", nodes)[0]
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
+
+
+def tasks_of_node(tasks: str, node: int) -> int:
+    """How many tasks run on a node, from Slurm's list for all nodes, such as 8(x3),4."""
+    counts: list[int] = []
+    for part in tasks.split(","):
+        count, _, times = part.rstrip(")").partition("(x")
+        counts += [int(count)] * int(times or 1)
+    return counts[node]
 
 
 def start_ranks(launch: LaunchConfig, run_dir: Path) -> int:

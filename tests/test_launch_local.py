@@ -16,7 +16,7 @@ import pytest
 
 from octofold.backends.errors import UserError
 from octofold.launch.config import JobConfig, LaunchConfig
-from octofold.launch.local import first_host, join, start_ranks
+from octofold.launch.local import first_host, join, start_ranks, tasks_of_node
 from octofold.launch.run_folder import read_config, write_config
 
 OCTOFOLD = Path(sys.executable).with_name("octofold")
@@ -126,6 +126,8 @@ def test_slurms_variables_are_translated():
         "SLURM_PROCID": "5",
         "SLURM_NTASKS": "8",
         "SLURM_LOCALID": "1",
+        "SLURM_NODEID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
         "SLURM_NODELIST": "node[003-005,7],other",
         "SLURM_JOB_ID": "4242",
     }
@@ -133,9 +135,21 @@ def test_slurms_variables_are_translated():
     assert (joined.rank, joined.world_size, joined.job_id) == (5, 8, "4242")
     expected = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node003", "MASTER_PORT": "24242"}
     assert {name: environ[name] for name in expected} == expected
+    assert environ["LOCAL_WORLD_SIZE"] == "4"
     given = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "MASTER_ADDR": "mine", "MASTER_PORT": "77"}
     join(given)
     assert (given["MASTER_ADDR"], given["MASTER_PORT"]) == ("mine", "77")
+
+
+def test_slurms_tasks_of_a_node():
+    assert [tasks_of_node("8(x2),3", node) for node in range(3)] == [8, 8, 3]
+    assert tasks_of_node("16", 0) == 16
+
+
+def test_a_launcher_of_one_process_a_node_need_not_say_so():
+    environ = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
+    join(environ)
+    assert (environ["LOCAL_RANK"], environ["LOCAL_WORLD_SIZE"]) == ("0", "1")
 
 
 @pytest.mark.parametrize(

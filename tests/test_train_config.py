@@ -26,6 +26,8 @@ REFUSED: list[tuple[str, Any]] = [
     ("checkpoint.keep", -1),
     ("backend.timeout_s", 0.0),
     ("backend.threads", -1),
+    ("backend.ranks_per_node", -1),
+    ("backend.ranks_per_supernode", -8),
     ("model.q_lora_rank", 0),
     ("model.n_shared_experts", -1),
     ("model.initializer_range", -0.02),

@@ -122,4 +122,4 @@ def test_peaks_are_what_the_user_says_and_else_what_is_known():
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
 def test_a_peak_is_a_number(value):
     with pytest.raises(ConfigError, match=r"^backend\.peak_tflops_fp8="):
-        check(BackendConfig(peak_tflops_fp8=value))
+        check(BackendConfig(peak_tflops_fp8=value), 1)

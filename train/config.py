@@ -118,7 +118,7 @@ def validate(config: RunConfig, world_size: int) -> RunConfig:
     check_model(config.model)
     check_data(config.data)
     check_precision(config.precision)
-    check_backend(config.backend)
+    check_backend(config.backend, world_size)
     if config.engine.name != "native":
         raise unknown_name_error("engine.name", config.engine.name, ["native"])
     config = replace(config, parallel=resolve(config.parallel, world_size))
