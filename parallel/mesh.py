@@ -9,12 +9,13 @@ outermost first, so that the innermost axes are neighbouring ranks, which share 
 """
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from octofold.backends.collectives import Group
-from octofold.parallel.config import ParallelConfig
+from octofold.parallel.config import DENSE_DEGREES, ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,25 @@ class Meshes:
         return self.experts["expert"].get_group()
 
 
+_built: WeakKeyDictionary[Group, dict[tuple[object, ...], Meshes]] = WeakKeyDictionary()
+"""By default process group. Groups live as long as the process group, and each of gloo's costs three threads."""
+
+
 def build_meshes(config: ParallelConfig, device_type: str) -> Meshes:
-    """Meshes over the default process group. `config`: resolved degrees (`parallel.config.resolve`)."""
+    """Meshes over the default process group, the same ones whenever they are asked for again.
+
+    Args:
+        config: resolved degrees (`parallel.config.resolve`).
+    """
+    assert dist.group.WORLD is not None
+    built = _built.setdefault(dist.group.WORLD, {})
+    key = (device_type, *(getattr(config, name) for name in (*DENSE_DEGREES, "expert", "expert_tensor")))
+    if key not in built:
+        built[key] = _build(config, device_type)
+    return built[key]
+
+
+def _build(config: ParallelConfig, device_type: str) -> Meshes:
     # One root for all views: FSDP2 joins the mesh that holds shards with the one that splits a parameter.
     world = init_device_mesh(device_type, (dist.get_world_size(),), mesh_dim_names=("world",))
     outer = {"pipeline": config.pipeline, "data_replicate": config.data_replicate}
