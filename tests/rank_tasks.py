@@ -227,7 +227,8 @@ def gradients(model: ModelConfig, expert: int, tokens_BS: torch.Tensor, micro: i
 def norms(model: ModelConfig, expert: int) -> tuple[float, float]:
     """global_norm over the parameters of a split model and a replicated tensor, and the same from unsplit copies."""
     built = build(model, expert)
-    replicated = distribute_tensor(torch.arange(5.0, dtype=torch.float64), built.meshes.experts, [Replicate()] * 2)
+    mesh = built.meshes.experts
+    replicated = distribute_tensor(torch.arange(5.0, dtype=torch.float64), mesh, [Replicate()] * mesh.ndim)
     tensors = [*built.model.parameters(), replicated]
     full = [tensor.full_tensor() for tensor in tensors if isinstance(tensor, DTensor)]
     exact = torch.stack([tensor.double().square().sum() for tensor in full]).sum().sqrt()
