@@ -1,5 +1,7 @@
 """Collectives over process groups and plain tensors."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 
@@ -53,3 +55,29 @@ def reduce_scatter_stack(x: torch.Tensor, group: Group) -> torch.Tensor:
     own = x.new_empty(x.shape[1:])
     dist.reduce_scatter_tensor(own, x.flatten(0, 1), op=dist.ReduceOp.SUM, group=group)
     return own
+
+
+@dataclass
+class PendingRows:
+    """An exchange of rows on its way."""
+
+    received: torch.Tensor
+    """Not to be read before `wait`."""
+    sent: torch.Tensor
+    """Kept until then."""
+    work: dist.Work
+
+    def wait(self) -> torch.Tensor:
+        """The rows, once they have arrived (on an accelerator: what is enqueued from now on runs after that)."""
+        self.work.wait()
+        return self.received
+
+
+def start_exchange_rows(
+    rows: torch.Tensor, receive_counts: list[int], send_counts: list[int], group: Group
+) -> PendingRows:
+    """`exchange_rows` that returns at once."""
+    received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
+    work = dist.all_to_all_single(received, rows, receive_counts, send_counts, group=group, async_op=True)
+    assert work is not None
+    return PendingRows(received, rows, work)

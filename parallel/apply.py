@@ -8,6 +8,7 @@ ranks split, over data and context; of what they all have whole, over tensor too
 expert, over the ranks that hold the same expert. So each kind is sharded over a mesh of its own (parallel/mesh.py).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,27 +18,37 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from octofold.backends.collectives import Group
 from octofold.backends.errors import ConfigError
-from octofold.parallel.expert import ExchangedExperts
+from octofold.parallel.expert import ExpertRoute
 from octofold.parallel.mesh import Meshes
 from octofold.parallel.plan import ParallelPlan
 from octofold.parallel.sequence import SplitSequence
 
+RouteMaker = Callable[[Group, Group], ExpertRoute]
+"""The route to experts that are split over the first group, in slices over the second."""
+
 
 def apply_plan(
-    model: nn.Module, plan: ParallelPlan, meshes: Meshes, *, compute_dtype: torch.dtype, master_dtype: torch.dtype
+    model: nn.Module,
+    plan: ParallelPlan,
+    meshes: Meshes,
+    *,
+    make_route: RouteMaker,
+    compute_dtype: torch.dtype,
+    master_dtype: torch.dtype,
 ) -> FSDPModule:
     """Split `model` (parameters on the meta device, in the master dtype) over the meshes, in place.
 
-    Every parameter becomes a DTensor. A module that owns experts has an attribute `run_experts`; where experts are
-    split it is replaced by one that reaches the experts of other ranks. So is the attribute `sequence` of modules that
+    Every parameter becomes a DTensor. A module that owns experts has an attribute `run_experts`, the route to them; it
+    is replaced by one that reaches the experts of other ranks. So is the attribute `sequence` of modules that
     see tokens of other ranks.
 
     Raises:
         ConfigError: a dimension that the ranks of an axis do not divide.
     """
     _split_tensors(model, plan, meshes)
-    _split_experts(model, plan, meshes)
+    _split_experts(model, plan, meshes, make_route)
     _split_sequences(model, plan, meshes)
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype if compute_dtype != master_dtype else None,
@@ -63,13 +74,14 @@ def _split_tensors(model: nn.Module, plan: ParallelPlan, meshes: Meshes) -> None
         module.weight = split[id(weight)]
 
 
-def _split_experts(model: nn.Module, plan: ParallelPlan, meshes: Meshes) -> None:
-    mesh = meshes.experts["expert"]
+def _split_experts(model: nn.Module, plan: ParallelPlan, meshes: Meshes, make_route: RouteMaker) -> None:
+    mesh, slices = meshes.experts["expert"], meshes.experts["expert_tensor"]
     for name in plan.experts:
+        # Not a parameter, module or buffer, so setattr leaves torch's registries alone.
+        route = make_route(mesh.get_group(), slices.get_group())
+        setattr(model.get_submodule(name.rpartition(".")[0]), "run_experts", route)  # noqa: B010
         if mesh.size() == 1:
             continue
-        # Not a parameter, module or buffer, so setattr leaves torch's registries alone.
-        setattr(model.get_submodule(name.rpartition(".")[0]), "run_experts", ExchangedExperts(mesh.get_group()))  # noqa: B010
         experts = model.get_submodule(name)
         for parameter_name, parameter in list(experts.named_parameters(recurse=False)):
             whole = f"{name}.{parameter_name}"

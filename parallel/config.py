@@ -7,7 +7,8 @@ data_shard x context x tensor = expert_data x expert x expert_tensor.
 from dataclasses import dataclass, field, replace
 from math import prod
 
-from octofold.backends.errors import ConfigError
+from octofold.backends.dotted import is_dotted
+from octofold.backends.errors import ConfigError, check_finite, unknown_name_error
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,16 @@ class ParallelConfig:
     tensor: int = 1
     expert: int = 1
     expert_tensor: int = 1
+    expert_route: str = "auto"
+    """How tokens reach experts of other ranks. flat: a copy for each of a token's experts; two_stage: once to each node
+    that holds some of them, then fanned out inside it; deepep: DeepSeek's library, on CUDA; auto: two_stage where the
+    experts' ranks stand on several nodes, else flat; or a class of your own, package.module:name
+    (parallel/expert_routes.py)."""
+    expert_overlap: bool = True
+    """Shared experts compute while tokens travel to the routed ones. Changes no bit of the results."""
+    expert_capacity: float = 0.0
+    """Places of an expert for each rank's tokens, as a multiple of the mean; what finds none is dropped and counted
+    (`dropped_tokens` in the metrics), and the host never waits for sizes. 0: no limit, nothing is dropped."""
 
     pipeline_schedule: str = "1f1b"
     """Of forward and backward passes over micro-batches: gpipe, 1f1b, interleaved, zbv (zero bubble), dualpipev."""
@@ -50,6 +61,25 @@ DENSE_DEGREES = ("pipeline", "data_replicate", "data_shard", "context", "tensor"
 UNAVAILABLE = ("pipeline", "expert_tensor")
 
 
+EXPERT_ROUTES = ("auto", "flat", "two_stage", "deepep")
+
+
+def check_expert_route(config: ParallelConfig) -> None:
+    """Raise `ConfigError` for a route to experts that does not exist, or choices that exclude each other."""
+    check_finite("parallel.expert_capacity", config.expert_capacity, least=0.0)
+    route = config.expert_route
+    if route not in EXPERT_ROUTES and not is_dotted(route):
+        raise unknown_name_error("parallel.expert_route", route, list(EXPERT_ROUTES))
+    if config.expert_capacity and route not in ("auto", "flat"):
+        shown = f"parallel.expert_capacity={config.expert_capacity} parallel.expert_route={route}"
+        rule = "a fixed number of places for each rank's tokens is a way of the flat route"
+        raise ConfigError("parallel.expert_capacity", shown, rule, "parallel.expert_route=flat, or expert_capacity=0")
+    if route == "deepep" and config.expert_tensor > 1:
+        shown = f"parallel.expert_route=deepep parallel.expert_tensor={config.expert_tensor}"
+        rule = "DeepEP brings rows to ranks that hold whole experts"
+        raise ConfigError("parallel.expert_route", shown, rule, "parallel.expert_tensor=1, or another route")
+
+
 def resolve(config: ParallelConfig, world_size: int) -> ParallelConfig:
     """The degrees with `data_shard` inferred, checked against the number of ranks.
 
@@ -64,6 +94,7 @@ def resolve(config: ParallelConfig, world_size: int) -> ParallelConfig:
         if name in UNAVAILABLE and degree != 1:
             rule = f"this version has no such split; parallel.{name} must be 1"
             raise ConfigError(f"parallel.{name}", degree, rule, f"parallel.{name}=1")
+    check_expert_route(config)
     others = prod(getattr(config, name) for name in DENSE_DEGREES if name != "data_shard")
     if config.data_shard == -1:
         config = replace(config, data_shard=max(1, world_size // others))

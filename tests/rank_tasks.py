@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tiny_models import kernels_for, labels_of, positions_of, tokens_of
+from tiny_models import labels_of, positions_of, tokens_of
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
@@ -20,7 +20,6 @@ from octofold.kernels.qtensor import Format
 from octofold.kernels.registry import Workload, choose
 from octofold.parallel.balance import gather_loads, update_biases
 from octofold.parallel.config import ParallelConfig, resolve
-from octofold.parallel.expert import ExchangedExperts, LocalExperts
 from octofold.parallel.mesh import build_meshes
 from octofold.parallel.norm import global_norm
 from octofold.parallel.transport import Route, Traffic, exchange
@@ -32,7 +31,6 @@ from octofold.train.loss import summed_cross_entropy, valid_tokens
 from octofold.train.memory import MemoryNeed
 from octofold.train.models.config import ModelConfig
 from octofold.train.models.decoder import Decoder
-from octofold.train.models.moe import StackedExperts
 
 UPDATES = 10
 """What schedules span."""
@@ -106,34 +104,6 @@ def move(
 def count_exchange(counts_RRL: torch.Tensor) -> torch.Tensor:
     """exchange_counts of this rank's row of counts."""
     return exchange_counts(counts_RRL[dist.get_rank()].contiguous(), world())
-
-
-def run_experts(
-    model: ModelConfig, weights: dict[str, torch.Tensor], x: list[torch.Tensor], counts: list[list[int]]
-) -> dict[str, torch.Tensor]:
-    """ExchangedExperts over all ranks on this rank's rows; the loss is Σ sin(y), whose gradient differs by element."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    held = model.n_routed_experts // ranks
-    own = {name: w[rank * held : (rank + 1) * held] for name, w in weights.items()}
-    return through_experts(ExchangedExperts(world()), model, own, x[rank], counts[rank])
-
-
-def through_experts(
-    run: LocalExperts | ExchangedExperts,
-    model: ModelConfig,
-    weights: dict[str, torch.Tensor],
-    x: torch.Tensor,
-    counts: list[int],
-) -> dict[str, torch.Tensor]:
-    """Result `y`, and the gradients of `x` and of each weight, for the loss Σ sin(y)."""
-    experts = StackedExperts(model)
-    for name, weight in weights.items():
-        setattr(experts, name, nn.Parameter(weight.clone()))
-    x_ND = x.clone().requires_grad_()
-    y_ND = run(experts, x_ND, torch.tensor(counts), kernels_for(model, x.dtype))
-    y_ND.sin().sum().backward()
-    gradients = {"x": x_ND.grad, **{name: parameter.grad for name, parameter in experts.named_parameters()}}
-    return {"y": y_ND.detach(), **{name: g for name, g in gradients.items() if g is not None}}
 
 
 # --- whole models ----------------------------------------------------------------------------------------------------

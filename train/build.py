@@ -1,6 +1,7 @@
 """Wiring: turns each part of the configuration into the object it concerns. The only file that knows all parts."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from octofold.backends.process_group import RankInfo
 from octofold.kernels.registry import Choice, Workload, choose
 from octofold.parallel.apply import apply_plan
 from octofold.parallel.config import DENSE_DEGREES, ParallelConfig
+from octofold.parallel.expert_routes import build_route
 from octofold.parallel.mesh import Meshes, build_meshes
 from octofold.train.config import OptimConfig, RunConfig, TrainConfig
 from octofold.train.data.build import Data
@@ -94,7 +96,14 @@ def draft_model(config: RunConfig, device: torch.device, tokenizer_size: int, *,
     require_whole_tiles(model, plan, config.precision, config.parallel.tensor)
     count = count_parameters(model, plan, shape.num_experts_per_tok / shape.n_routed_experts)
     meshes = build_meshes(config.parallel, device.type)
-    apply_plan(model, plan, meshes, compute_dtype=compute_dtype, master_dtype=master_dtype)
+    apply_plan(
+        model,
+        plan,
+        meshes,
+        make_route=partial(build_route, config.parallel, device=device),
+        compute_dtype=compute_dtype,
+        master_dtype=master_dtype,
+    )
     apply_transport(model, config.precision)
     accumulates = micro_batches(config.train, config.parallel) > 1
     moments = config.optim.moments if training else None

@@ -4,7 +4,8 @@ A record is a flat dict with `kind` and `step`; its fields by kind (losses in na
 
     train       loss, mtp_losses, sequence_loss, expert_loss, device_loss, communication_loss, z_loss, lr, grad_norm,
                 applied, loss_scale, overflows, tokens, tokens_per_s, step_s, time_s, model_tflops, mfu,
-                precision_health, sent_bytes, imbalance, unused_experts, balance, expert_load
+                precision_health, sent_bytes, network_bytes, dropped_tokens, imbalance, unused_experts, balance,
+                expert_load
     validation  loss, loss_per_byte, tokens
     final       validation_loss, validation_loss_per_byte, baselines (nats/byte by name), sample, train_s
 
@@ -28,6 +29,9 @@ Fields of `train` that need a word:
                             else
     sent_bytes      that all ranks sent to other ranks' experts in a step: dict of dispatch and combine_gradient (to
                     the experts), combine and dispatch_gradient (back); absent where every rank has all experts
+    network_bytes   those of them that went to ranks of other nodes; absent where none did
+    dropped_tokens  copies of tokens that found no place at their expert in a step, over all ranks and layers; absent
+                    without parallel.expert_capacity
     imbalance       busiest expert's load ÷ mean load in the layer where it is largest
     unused_experts  experts that no token chose, counted over all layers
     balance         dict of `imbalance`, `unused_share` and `load_entropy`, each a dict from layer to number

@@ -14,7 +14,7 @@ from octofold.backends.errors import UserError
 from octofold.parallel.balance import gather_loads, load_metrics, update_biases
 from octofold.parallel.mesh import Meshes
 from octofold.parallel.sequence import positions_of
-from octofold.parallel.transport import PURPOSES
+from octofold.parallel.transport import COUNTED, PURPOSES
 from octofold.train.checkpoint.manager import Checkpointer
 from octofold.train.config import RunConfig
 from octofold.train.console import Console, RunProgress
@@ -31,7 +31,7 @@ from octofold.train.metrics import MetricsWriter
 from octofold.train.models.balance import LOSSES
 from octofold.train.models.decoder import Decoder
 from octofold.train.models.gate import take_loss_sums
-from octofold.train.precision.apply import forget_weights, roll_histories, set_loss_scale, take_sent_bytes
+from octofold.train.precision.apply import forget_weights, roll_histories, set_loss_scale, take_traffic
 from octofold.train.precision.watch import Health, Watch
 from octofold.train.sampling import generate
 from octofold.train.stop import StopSignals
@@ -134,10 +134,10 @@ class Trainer:
         self.progress.tokens_seen += int(tokens_J[0])
         balance_sums = take_loss_sums(list(self.gates.values())).to(shares_J)
         wish = shares_J.new_tensor([stop.received is not None])
-        sent = take_sent_bytes(self.model).to(shares_J)
+        sent = take_traffic(self.model).to(shares_J)
         ended = all_reduce_sum(torch.cat([shares_J, balance_sums, wish, sent]))
         summed_J, summed_balance, wishes, sent = ended.split([len(shares_J), len(balance_sums), 1, len(sent)])
-        self._interval_sent_bytes += sent.cpu()
+        self._interval_traffic += sent.cpu()
         losses = self._losses(summed_J.tolist(), summed_balance.tolist())
         self._report(bar, losses, result, loads_GE, int(tokens_J[0]))
         return not wishes.any()
@@ -159,7 +159,7 @@ class Trainer:
     def _accumulate(self, batches: list[Batch], tokens_J: torch.Tensor, schedule: Schedule) -> torch.Tensor:
         """Gradients of this rank's share of the global mean losses; returns those shares, FP64 [J]."""
         set_loss_scale(self.model, self.engine.scaler.scale)
-        take_sent_bytes(self.model)  # an evaluation's do not count
+        take_traffic(self.model)  # an evaluation's do not count
         shares_J = torch.zeros(len(tokens_J), dtype=torch.float64, device=self.device)
         depths = len(tokens_J) - 1
         for gate in self.gates.values():
@@ -269,14 +269,20 @@ class Trainer:
     def _begin_interval(self) -> None:
         """Start counting what the next report is averaged over."""
         self._interval_s, self._interval_tokens, self._interval_steps = time.monotonic(), 0, 0
-        self._interval_sent_bytes = torch.zeros(len(PURPOSES), dtype=torch.float64)
+        self._interval_traffic = torch.zeros(len(COUNTED), dtype=torch.float64)
 
     def _sent_metrics(self) -> dict[str, Any]:
-        """Bytes a step that all ranks sent to other ranks' experts, where experts stand on several ranks."""
-        if self.config.parallel.expert == 1:
-            return {}
-        a_step = (self._interval_sent_bytes / self._interval_steps).tolist()
-        return {"sent_bytes": dict(zip(PURPOSES, a_step, strict=True))}
+        """What all ranks sent to other ranks' experts in a step, and what found no place, where that can be."""
+        parallel, steps = self.config.parallel, self._interval_steps
+        counted = dict(zip(COUNTED, (self._interval_traffic / steps).tolist(), strict=True))
+        metrics: dict[str, Any] = {}
+        if parallel.expert * parallel.expert_tensor > 1:
+            metrics["sent_bytes"] = {purpose: counted[purpose] for purpose in PURPOSES}
+            if any(counted[f"network_{purpose}"] for purpose in PURPOSES):
+                metrics["network_bytes"] = {purpose: counted[f"network_{purpose}"] for purpose in PURPOSES}
+        if parallel.expert_capacity:
+            metrics["dropped_tokens"] = counted["dropped_tokens"]
+        return metrics
 
     def _load_metrics(self, loads_GE: torch.Tensor) -> dict[str, Any]:
         """The loads as the metrics name them: of the worst layer, of all layers, and layer by layer."""

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from octofold.kernels.fp8 import Fp8State
-from octofold.kernels.permute import Order
 from octofold.kernels.registry import Kernels
 from octofold.parallel.apply import local
-from octofold.parallel.expert import LocalExperts
+from octofold.parallel.expert import ExpertRoute, LocalExperts, Routing
 from octofold.train.models.config import ModelConfig
 from octofold.train.models.gate import TopKGate
 from octofold.train.models.layers import FeedForward
@@ -56,7 +55,7 @@ class MixtureOfExperts(nn.Module):
         self.experts = StackedExperts(config)
         shared_width = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = FeedForward(config.hidden_size, shared_width, kernels) if shared_width else None
-        self.run_experts = LocalExperts()
+        self.run_experts: ExpertRoute = LocalExperts()
 
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """[B, P, D] to [B, P, D]; in training mode the gate's `load_E` counts the copies sent to each expert."""
@@ -65,10 +64,14 @@ class MixtureOfExperts(nn.Module):
         counts_E = torch.bincount(experts_TK.flatten(), minlength=self.gate.load_E.shape[0])
         if self.training:
             self.gate.load_E += counts_E
-        order = Order.by_expert(experts_TK.flatten())
-        copies_ND = self.kernels.permute(x_TD, order, copies=experts_TK.shape[1])
-        outputs_ND = self.run_experts(self.experts, copies_ND, counts_E, self.kernels)
-        routed_TD = self.kernels.unpermute(outputs_ND, weights_TK, order)
-        if self.shared_experts is not None:
-            return routed_TD.view_as(x_BSD) + self.shared_experts(x_BSD)
+        shared_BSD: torch.Tensor | None
+        routed_TD, shared_BSD = self.run_experts(
+            self.experts,
+            x_TD,
+            Routing(experts_TK, weights_TK, counts_E),
+            self.kernels,
+            lambda: None if self.shared_experts is None else self.shared_experts(x_BSD),
+        )
+        if shared_BSD is not None:
+            return routed_TD.view_as(x_BSD) + shared_BSD
         return routed_TD.view_as(x_BSD)

@@ -10,7 +10,7 @@ from octofold.backends.errors import ConfigError
 from octofold.kernels.fp8 import Fp8State
 from octofold.kernels.registry import Kernels
 from octofold.parallel.expert import ExchangedExperts
-from octofold.parallel.transport import PURPOSES
+from octofold.parallel.transport import COUNTED
 from octofold.train.precision.config import PrecisionConfig
 from octofold.train.precision.policy import recipe_for, transport_for
 
@@ -119,12 +119,12 @@ def roll_histories(model: nn.Module) -> None:
         state.remember(amax_K)
 
 
-def take_sent_bytes(model: nn.Module) -> torch.Tensor:
-    """What this rank has sent to other ranks' experts since last asked, FP64 in the order of `PURPOSES`."""
-    sent = torch.zeros(len(PURPOSES), dtype=torch.float64)
+def take_traffic(model: nn.Module) -> torch.Tensor:
+    """What this rank's experts have counted since last asked, FP64 in the order of `COUNTED`."""
+    counted = torch.zeros(len(COUNTED), dtype=torch.float64)
     for module in model.modules():
         run = getattr(module, "run_experts", None)
         if isinstance(run, ExchangedExperts):
             taken = run.traffic.take()
-            sent += torch.tensor([float(taken.get(purpose, 0)) for purpose in PURPOSES], dtype=torch.float64)
-    return sent
+            counted += torch.tensor([taken.get(name, 0.0) for name in COUNTED], dtype=torch.float64)
+    return counted

@@ -1,0 +1,74 @@
+"""What ranks do in the tests of routes to experts. Every function runs on every rank."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tiny_models import kernels_for
+from torch import nn
+
+from octofold.parallel.expert import ExchangedExperts, ExpertRoute, FlatExperts, LocalExperts, Routing
+from octofold.parallel.expert_two_stage import TwoStageExperts
+from octofold.parallel.transport import Transport
+from octofold.train.models.config import ModelConfig
+from octofold.train.models.moe import StackedExperts
+
+ROUTES: dict[str, type[ExchangedExperts]] = {"flat": FlatExperts, "two_stage": TwoStageExperts}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer's experts, and what each rank's gate chose."""
+
+    model: ModelConfig
+    weights: dict[str, torch.Tensor]
+    """Of all experts."""
+    x: list[torch.Tensor]
+    """[T, D] by rank."""
+    experts: list[torch.Tensor]
+    """[T, K] by rank."""
+    gate: list[torch.Tensor]
+    """Their weights, [T, K] by rank."""
+
+
+def through(route: ExpertRoute, case: Case, rank: int, held: slice) -> dict[str, torch.Tensor]:
+    """Result `y` with the shared part, and gradients of `x`, `gate` and each weight, for the loss Σ sin(y)."""
+    experts = StackedExperts(case.model)
+    for name, weight in case.weights.items():
+        setattr(experts, name, nn.Parameter(weight[held].clone()))
+    x_TD, gate_TK = case.x[rank].clone().requires_grad_(), case.gate[rank].clone().requires_grad_()
+    counts_E = torch.bincount(case.experts[rank].flatten(), minlength=case.model.n_routed_experts)
+    routing = Routing(case.experts[rank], gate_TK, counts_E)
+    kernels = kernels_for(case.model, x_TD.dtype)
+    routed_TD, shared_TD = route(experts, x_TD, routing, kernels, lambda: (3 * x_TD).cos())
+    assert shared_TD is not None
+    y_TD = routed_TD + shared_TD
+    y_TD.sin().sum().backward()
+    gradients = {"x": x_TD.grad, "gate": gate_TK.grad, **{name: p.grad for name, p in experts.named_parameters()}}
+    return {"y": y_TD.detach(), **{name: g for name, g in gradients.items() if g is not None}}
+
+
+def whole(case: Case, rank: int) -> dict[str, torch.Tensor]:
+    """The same on one rank that holds every expert, with the tokens of `rank`."""
+    return through(LocalExperts(), case, rank, slice(None))
+
+
+def split(case: Case, options: dict[str, Any]) -> dict[str, Any]:
+    """The same with the experts split over all ranks, and the bytes this rank sent, over any link and between nodes.
+
+    Args:
+        options: name of the route, and what it takes.
+    """
+    options = dict(options)
+    transport = options.pop("transport", Transport())
+    world = dist.group.WORLD
+    assert world is not None
+    route = ROUTES[options.pop("name")](world, **options)
+    route.transport = transport
+    held = case.model.n_routed_experts // world.size()
+    found: dict[str, Any] = dict(
+        through(route, case, world.rank(), slice(world.rank() * held, (world.rank() + 1) * held))
+    )
+    found["traffic"] = route.traffic.take()
+    return found
