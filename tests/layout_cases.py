@@ -1,17 +1,16 @@
 """The layouts that the parity suite proves, all in one place, and the runs that it proves them on."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 import octofold.train.build
 from octofold.launch.compose import apply, compose, parse
 from octofold.launch.config import JobConfig
-from octofold.parallel.mesh import build_meshes
+from octofold.parallel.config import DENSE_DEGREES, ParallelConfig
+from octofold.parallel.mesh import Meshes, build_meshes
 from octofold.train.config import RunConfig, validate
 from octofold.train.layout.facts import RankFacts
 from octofold.train.layout.record import record
@@ -91,22 +90,23 @@ def _data_shard(job: JobConfig, ranks: int) -> int:
     return ranks // (parallel.pipeline * parallel.data_replicate * parallel.context * parallel.tensor)
 
 
-_meshes = cache(build_meshes)
+_known_meshes: dict[tuple[int, ...], Meshes] = {}
 
 
-def record_again(config: RunConfig, run_dir: Path, around: Callable[[], Any] | None = None) -> RankFacts:
-    """`record` on warm ranks: the meshes of equal degrees are made once, since process groups last as long as ranks.
+def _meshes(config: ParallelConfig, device_type: str) -> Meshes:
+    """`build_meshes`, once for equal degrees: process groups last as long as the ranks."""
+    degrees = tuple(getattr(config, name) for name in (*DENSE_DEGREES, "expert", "expert_tensor"))
+    if degrees not in _known_meshes:
+        _known_meshes[degrees] = build_meshes(config, device_type)
+    return _known_meshes[degrees]
 
-    Args:
-        around: makes a context to record in, such as a planted fault.
-    """
+
+def record_again(config: RunConfig, run_dir: Path) -> RankFacts:
+    """`record` on warm ranks, over meshes that earlier runs of the same degrees have made."""
     original = octofold.train.build.build_meshes
-    octofold.train.build.build_meshes = _meshes  # type: ignore[assignment]
+    octofold.train.build.build_meshes = _meshes
     try:
-        if around is None:
-            return record(config, run_dir)
-        with around():
-            return record(config, run_dir)
+        return record(config, run_dir)
     finally:
         octofold.train.build.build_meshes = original
         dist.barrier()

@@ -1,9 +1,12 @@
 """Every layout computes what one rank computes: tiny DeepSeek-V2 and V3 over gloo ranks, in FP64 to 1e-9."""
 
-import pytest
-from layout_cases import DEFAULT, FULL, MODELS, run_of
+from dataclasses import replace
 
-from octofold.train.layout.prove import prove
+import pytest
+from layout_cases import DEFAULT, FULL, MODELS, Case, run_of
+
+from octofold.train.layout.prove import FP8_BAR, prove, prove_fp8
+from octofold.train.precision.config import PrecisionConfig
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -23,4 +26,27 @@ def test_full_matrix(case, model, layout_root, alone, ranks, tmp_path):
     proof = prove(config, count, tmp_path, ranks, expected=alone(config), task="layout_cases:record_again")
     worst = proof.differences[0]
     print(f"{model}  {'yes' if proof.holds else 'NO '}  {worst.error:.1e}  {count} ranks  {case}  ({worst.key})")
+    assert proof.holds, "\n".join([*proof.diagnosis, *map(str, proof.differences[:5])])
+
+
+IN_FP8 = ["expert=2", "tensor=2", "context=2", "data_shard=2 expert=2"]
+"""Layouts of which FP8 is measured; `ranks` of experts send their tokens in FP8."""
+
+
+@pytest.mark.parametrize("degrees", [IN_FP8[0], *(pytest.param(text, marks=pytest.mark.slow) for text in IN_FP8[1:])])
+def test_fp8_errs_no_more_than_on_one_rank(degrees, layout_root, ranks, tmp_path):
+    config, count = run_of("v3", Case(degrees), layout_root)
+    precision = PrecisionConfig("fp8_block", arithmetic="emulate", block=16)
+    proof = prove_fp8(replace(config, precision=precision), count, tmp_path, ranks, task="layout_cases:record_again")
+    print(f"{degrees}: {proof.layout:.4%} against FP64, {proof.one_rank:.4%} on one rank")
+    assert 0.001 < proof.one_rank < 0.5, "FP8 was on the way"
+    assert proof.holds, f"{proof.layout / proof.one_rank} above {FP8_BAR}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", DEFAULT, ids=str)
+def test_fp32_smoke(case, layout_root, ranks, tmp_path):
+    config, count = run_of("v3", case, layout_root)
+    single = replace(config, precision=PrecisionConfig("fp32"))
+    proof = prove(single, count, tmp_path, ranks, task="layout_cases:record_again")
     assert proof.holds, "\n".join([*proof.diagnosis, *map(str, proof.differences[:5])])

@@ -15,6 +15,7 @@ from octofold.parallel.config import ParallelConfig
 from octofold.train.config import PrecisionConfig, validate
 from octofold.train.layout.twin import shrunk, smallest_world, twin
 
+
 @pytest.fixture(autouse=True)
 def _warm(ranks, monkeypatch):
     """The ranks of other tests: starting processes takes longer than anything else here."""

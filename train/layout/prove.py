@@ -117,7 +117,7 @@ class Fp8Proof:
         return self.layout <= FP8_BAR * self.one_rank
 
 
-def prove_fp8(config: RunConfig, ranks: int, folder: Path, on: Ranks) -> Fp8Proof:
+def prove_fp8(config: RunConfig, ranks: int, folder: Path, on: Ranks, *, task: str = RECORD) -> Fp8Proof:
     """Run the FP8 layout, FP8 on one rank and FP64 on one rank.
 
     Args:
@@ -125,10 +125,10 @@ def prove_fp8(config: RunConfig, ranks: int, folder: Path, on: Ranks) -> Fp8Proo
     """
     one_step = replace(config, train=replace(config.train, steps=1))
     optim = replace(one_step.optim, moments="fp32")
-    exact = replace(one_rank(replace(one_step, optim=optim, precision=PrecisionConfig("fp64"))))
+    exact = one_rank(replace(one_step, optim=optim, precision=PrecisionConfig("fp64")))
     (truth,) = facts(exact, 1, folder / "one_rank_fp64", on)
     (alone,) = facts(one_rank(one_step, whole_batch=False), 1, folder / "one_rank_fp8", on)
-    spread = facts(one_step, ranks, folder / "layout", on)
+    spread = facts(one_step, ranks, folder / "layout", on, task)
     gradients: Arrays = {}
     for of_rank in reversed(spread):
         gradients |= of_rank.steps[0].gradients

@@ -13,6 +13,7 @@ from pathlib import Path
 from octofold.backends.config import BackendConfig
 from octofold.kernels.config import KernelsConfig
 from octofold.parallel.config import DENSE_DEGREES, ParallelConfig
+from octofold.parallel.pipeline_split import stages_a_rank
 from octofold.train.config import OptimConfig, RunConfig, TrainConfig
 from octofold.train.data.config import DataConfig
 from octofold.train.models.config import ModelConfig
@@ -35,7 +36,7 @@ def smallest_world(parallel: ParallelConfig) -> int:
 
 def shrunk(parallel: ParallelConfig, most: int) -> ParallelConfig:
     """Resolved degrees, the largest halved until the world has at most so many ranks, none that is above 1 below 2."""
-    world = prod(getattr(parallel, name) for name in DENSE_DEGREES)
+    asked, world = parallel.pipeline, prod(getattr(parallel, name) for name in DENSE_DEGREES)
     while world > most:
         name = max(DENSE_DEGREES, key=lambda name: getattr(parallel, name))
         degree = getattr(parallel, name)
@@ -45,7 +46,9 @@ def shrunk(parallel: ParallelConfig, most: int) -> ParallelConfig:
         world = prod(getattr(parallel, name) for name in DENSE_DEGREES)
     span = parallel.data_shard * parallel.context * parallel.tensor
     expert_tensor = gcd(parallel.expert_tensor, span)
-    return replace(parallel, expert_tensor=expert_tensor, expert=gcd(parallel.expert, span // expert_tensor))
+    split = parallel.pipeline_split if parallel.pipeline == asked else []
+    expert = gcd(parallel.expert, span // expert_tensor)
+    return replace(parallel, expert_tensor=expert_tensor, expert=expert, pipeline_split=split)
 
 
 def twin(config: RunConfig, folder: Path, *, steps: int, precision: PrecisionConfig) -> RunConfig:
@@ -57,12 +60,16 @@ def twin(config: RunConfig, folder: Path, *, steps: int, precision: PrecisionCon
     parallel, train = config.parallel, config.train
     accumulation = train.global_batch_size // (train.micro_batch_size * parallel.data)
     micro = min(train.micro_batch_size, 2)
-    # Enough micro-batches for a pipeline to be full; one or two otherwise.
-    micro_batches = min(max(accumulation, 1), max(2, 2 * parallel.pipeline))
+    # As many as fill a pipeline of any schedule; one or two otherwise.
+    micro_batches = 2 * parallel.pipeline if parallel.pipeline > 1 else min(accumulation, 2)
+    model = small_model(config.model, parallel)
+    if model.num_hidden_layers != config.model.num_hidden_layers:
+        parallel = replace(parallel, pipeline_split=[])
     return replace(
         config,
         resume=None,
-        model=small_model(config.model, parallel),
+        model=model,
+        parallel=parallel,
         data=_small_data(config.data, parallel, folder),
         precision=precision,
         optim=_small_optim(config.optim, precision),
@@ -103,7 +110,8 @@ def small_model(model: ModelConfig, parallel: ParallelConfig) -> ModelConfig:
     if is_tiny(model):
         return model
     tensor, chosen = parallel.tensor, min(model.num_experts_per_tok, 8)
-    layers = min(model.num_hidden_layers, max(4, parallel.pipeline))
+    # One layer more than stages, so that they are not equal.
+    layers = min(model.num_hidden_layers, max(4, parallel.pipeline * stages_a_rank(parallel) + 1))
     expert_width = 32 * parallel.expert_tensor
     return replace(
         model,
@@ -141,7 +149,7 @@ def _small_optim(optim: OptimConfig, precision: PrecisionConfig) -> OptimConfig:
 
 
 def _small_data(data: DataConfig, parallel: ParallelConfig, folder: Path) -> DataConfig:
-    step = 2 * parallel.context * parallel.tensor
+    step = parallel.context * parallel.tensor * (2 if parallel.context > 1 else 1)
     length = -(-min(data.sequence_length, SEQUENCE) // step) * step
     return DataConfig(
         source="text",
