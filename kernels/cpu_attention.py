@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
+from octofold.kernels.recompute import recomputed
 from octofold.kernels.registry import Workload
 
 BLOCK = 128
@@ -44,7 +45,7 @@ def _weights(q_HQd, k_HKd, first, end, key, doc_ids_S, above):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BHQd, k_BHSd, v_BHSv, scale, doc_ids_BS):
-        scaled_BHQd, k_BHSd, v_BHSv = (q_BHQd * scale).contiguous(), k_BHSd.contiguous(), v_BHSv.contiguous()
+        scaled_BHQd = q_BHQd * scale
         batch, heads, queries, _ = q_BHQd.shape
         out_BHQv = q_BHQd.new_empty(batch, heads, queries, v_BHSv.shape[-1])
         above = q_BHQd.new_full((BLOCK, BLOCK), float("-inf")).triu(1)
@@ -54,13 +55,15 @@ class _Attention(torch.autograd.Function):
                 q, k = scaled_BHQd[b, :, rows], k_BHSd[b, :, key:end]
                 weights = _weights(q, k, first, end, key, doc_ids_S, above)
                 out_BHQv[b, :, rows] = torch.bmm(weights, v_BHSv[b, :, key:end])
-        ctx.save_for_backward(scaled_BHQd, k_BHSd, v_BHSv, doc_ids_BS)
+        # Not the scaled queries: the operands themselves may be formed again.
+        ctx.save_for_backward(q_BHQd, k_BHSd, v_BHSv, doc_ids_BS)
         ctx.scale = scale
         return out_BHQv
 
     @staticmethod
     def backward(ctx, grad_BHQv):
-        scaled_BHQd, k_BHSd, v_BHSv, doc_ids_BS = ctx.saved_tensors
+        q_BHQd, k_BHSd, v_BHSv, doc_ids_BS = ctx.saved_tensors
+        scaled_BHQd = q_BHQd * ctx.scale
         dtype, grad_BHQv = scaled_BHQd.dtype, grad_BHQv.contiguous()
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         grad_q = torch.empty_like(scaled_BHQd)
@@ -89,5 +92,6 @@ def attention(
     doc_ids_BS: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As kernels/reference/attention.py."""
-    out: torch.Tensor = _Attention.apply(q_BHQd, k_BHSd, v_BHSv, scale, doc_ids_BS)
+    operands = (recomputed("up_projection", torch.Tensor.contiguous, x) for x in (q_BHQd, k_BHSd, v_BHSv))
+    out: torch.Tensor = _Attention.apply(*operands, scale, doc_ids_BS)
     return out

@@ -19,6 +19,7 @@ from torch import nn
 
 from octofold.kernels.qtensor import Format, QTensor
 from octofold.kernels.recipe import Recipe
+from octofold.kernels.recompute import is_recomputing
 from octofold.kernels.reference.quantize import scales_of
 from octofold.kernels.registry import Kernels
 from octofold.kernels.torch_swiglu import swiglu_backward
@@ -99,6 +100,11 @@ class Fp8State(nn.Module):
             # Largest magnitudes of the last steps, newest first, and of this step.
             self.register_buffer(HISTORY, torch.zeros(kinds, amax_history, dtype=torch.float32))
             self.register_buffer("amax_K", torch.zeros(kinds, dtype=torch.float32), persistent=False)
+
+    @property
+    def watching(self) -> Observer | None:
+        """The observer, the first time; what is formed again has been seen."""
+        return None if is_recomputing() else self.observer
 
     def forget(self) -> None:
         """The weight has changed."""
@@ -191,8 +197,8 @@ class Fp8State(nn.Module):
         quantized = self.kernels.quantize(
             weight, format.transposed if turned else format, transpose=turned, scale=scale
         )
-        if self.observer is not None and not turned:
-            self.observer.tensor("weight", weight, quantized)
+        if self.watching is not None and not turned:
+            self.watching.tensor("weight", weight, quantized)
         return quantized
 
     def _kept_or(self, use: str, make: Any) -> QTensor:
@@ -214,8 +220,8 @@ class Fp8State(nn.Module):
             rows = kept.flatten(0, -2)
             scale = self.scale(ACTIVATION, rows, self.recipe.activation)
             quantized = self.kernels.quantize(rows, self.recipe.activation, scale=scale)
-            if self.observer is not None:
-                self.observer.tensor("activation", rows, quantized)
+            if self.watching is not None:
+                self.watching.tensor("activation", rows, quantized)
             return quantized, kept.shape, kept.dtype
 
         def unpack(packed: Any) -> torch.Tensor:
@@ -235,16 +241,16 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, counts_E, state, swiglu):
         recipe, kernels = state.recipe, state.kernels
-        active = kernels.swiglu(x.float()) if swiglu and (recipe.delayed or state.observer is not None) else x
+        active = kernels.swiglu(x.float()) if swiglu and (recipe.delayed or state.watching is not None) else x
         scale = state.scale(ACTIVATION, active, recipe.activation)
         quantize = kernels.swiglu_quantize if swiglu else kernels.quantize
         x_q, w_q = quantize(x, recipe.activation, scale=scale), state.weight(weight)
         out = _rows_product(state, x_q, w_q, counts_E, x.dtype)
         ctx.observed = None
-        if state.observer is not None:
-            state.observer.tensor("activation", active, x_q)
-        if state.observer is not None and state.observer.wants_products:
-            state.observer.product("forward", active, weight, out, counts_E, "rows")
+        if state.watching is not None:
+            state.watching.tensor("activation", active, x_q)
+        if state.watching is not None and state.watching.wants_products:
+            state.watching.product("forward", active, weight, out, counts_E, "rows")
             ctx.observed = (active, weight, x if swiglu else None)
         ctx.state, ctx.swiglu, ctx.dtype = state, swiglu, x.dtype
         ctx.format = recipe.activation if recipe.saves_fp8 else None
@@ -253,8 +259,8 @@ class _Linear(torch.autograd.Function):
         elif swiglu:
             # Not the SwiGLU's output, which is half as wide but would need the input besides.
             inputs = kernels.quantize(x, recipe.activation)
-            if state.observer is not None:
-                state.observer.tensor("activation", x, inputs)
+            if state.watching is not None:
+                state.watching.tensor("activation", x, inputs)
             kept = (inputs.data, inputs.scale)
         else:
             kept = (x_q.data, x_q.scale)
@@ -267,7 +273,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad):
         kept, kept_scale, counts_E, weight = ctx.saved_tensors
         state, recipe, kernels = ctx.state, ctx.state.recipe, ctx.state.kernels
-        observer = state.observer
+        observer = state.watching
         x = kept
         if ctx.format is not None:
             x = kernels.dequantize(QTensor(kept, kept_scale, ctx.format), ctx.dtype)
@@ -300,8 +306,8 @@ class _Stored(torch.autograd.Function):
     def forward(ctx, x, state):
         rows = x.flatten(0, -2)
         quantized = state.kernels.quantize(rows, state.recipe.activation)
-        if state.observer is not None:
-            state.observer.tensor("weight", rows, quantized)
+        if state.watching is not None:
+            state.watching.tensor("weight", rows, quantized)
         return state.kernels.dequantize(quantized, x.dtype).view_as(x)
 
     @staticmethod

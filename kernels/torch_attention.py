@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from octofold.kernels.recompute import recomputed
 from octofold.kernels.reference.attention import visible_BQS
 from octofold.kernels.registry import Workload
 
@@ -23,7 +24,9 @@ def attention(
     """As kernels/reference/attention.py."""
     value_width = v_BHSv.shape[-1]
     # The fused paths want one head width for all three; zero columns of v add zero columns of output.
-    padded = F.pad(v_BHSv, (0, q_BHQd.shape[-1] - value_width)) if value_width < q_BHQd.shape[-1] else v_BHSv
+    missing, padded = q_BHQd.shape[-1] - value_width, v_BHSv
+    if missing > 0:
+        padded = recomputed("up_projection", F.pad, v_BHSv, (0, missing))
     queries, length = q_BHQd.shape[2], k_BHSd.shape[2]
     # torch's own causal mask counts from the first query and the first key.
     if doc_ids_BS is None and queries == length:

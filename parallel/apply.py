@@ -10,19 +10,23 @@ expert, over the ranks that hold the same expert. So each kind is sharded over a
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from octofold.backends.collectives import Group
 from octofold.backends.errors import ConfigError
+from octofold.parallel.config import ParallelConfig
+from octofold.parallel.data import precision_policy
 from octofold.parallel.expert import ExpertRoute
 from octofold.parallel.mesh import Meshes
 from octofold.parallel.plan import ParallelPlan
+from octofold.parallel.recompute import apply_recompute
 from octofold.parallel.sequence import SplitSequence
 
 RouteMaker = Callable[[Group, Group], ExpertRoute]
@@ -33,6 +37,7 @@ def apply_plan(
     model: nn.Module,
     plan: ParallelPlan,
     meshes: Meshes,
+    options: ParallelConfig,
     *,
     make_route: RouteMaker,
     compute_dtype: torch.dtype,
@@ -50,16 +55,15 @@ def apply_plan(
     _split_tensors(model, plan, meshes)
     _split_experts(model, plan, meshes, make_route)
     _split_sequences(model, plan, meshes)
-    policy = MixedPrecisionPolicy(
-        param_dtype=compute_dtype if compute_dtype != master_dtype else None,
-        reduce_dtype=master_dtype,
-        cast_forward_inputs=False,
-    )
+    apply_recompute(model, plan, options.recompute)
+    policy = precision_policy(options, compute_dtype=compute_dtype, master_dtype=master_dtype)
     shards = _Shards.over(model, plan, meshes)
     # Experts in a unit of their own: the rest of a block can compute while they are gathered.
     for name in [*plan.experts, *plan.blocks]:
-        _shard(model.get_submodule(name), shards, policy)
-    return _shard(model, shards, policy)
+        submodule = model.get_submodule(name)
+        _shard(submodule, shards, mp_policy=policy, reshard_after_forward=options.reshard_after_forward)
+    # What belongs to no block stays gathered: the backward pass begins with it.
+    return _shard(model, shards, mp_policy=policy, reshard_after_forward=False)
 
 
 def _split_tensors(model: nn.Module, plan: ParallelPlan, meshes: Meshes) -> None:
@@ -151,8 +155,8 @@ def _shard_dim(parameter: nn.Parameter, ranks: int) -> int:
     return next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)
 
 
-def _shard(module: nn.Module, shards: _Shards, policy: MixedPrecisionPolicy) -> FSDPModule:
-    sharded = fully_shard(module, mesh=shards.infos["whole"].mesh, shard_placement_fn=shards.place, mp_policy=policy)
+def _shard(module: nn.Module, shards: _Shards, **choices: Any) -> FSDPModule:
+    sharded = fully_shard(module, mesh=shards.infos["whole"].mesh, shard_placement_fn=shards.place, **choices)
     sharded.set_gradient_divide_factor(1.0)
     # A plain sum: the alternative (a scaled sum) exists in NCCL only.
     sharded.set_force_sum_reduction_for_comms(True)

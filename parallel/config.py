@@ -33,6 +33,17 @@ class ParallelConfig:
     expert_capacity: float = 0.0
     """Places of an expert for each rank's tokens, as a multiple of the mean; what finds none is dropped and counted
     (`dropped_tokens` in the metrics), and the host never waits for sizes. 0: no limit, nothing is dropped."""
+    recompute: str = "none"
+    """What the backward pass forms again instead of keeping it: none; swiglu (outputs of SwiGLU); selective (those, the
+    norms and what attention expands from its latents); full (whole blocks: only their inputs are kept)."""
+    reshard_after_forward: bool = True
+    """Let go of a block's gathered weights after its forward pass, as ZeRO-3; false: keep all of them until the step is
+    computed, as ZeRO-1 and 2 do, for one gathering a step."""
+    accumulate: str = "unreduced"
+    """What micro-batches are added up in: unreduced (whole gradients on every rank, one reduction a step) or reduced
+    (shards: far less memory, a reduction a micro-batch)."""
+    reduce_dtype: str = "master"
+    """What gradients are summed over ranks in: master (that of the master weights, FP32) or bf16."""
 
     pipeline_schedule: str = "1f1b"
     """Of forward and backward passes over micro-batches: gpipe, 1f1b, interleaved, zbv (zero bubble), dualpipev."""
@@ -58,6 +69,11 @@ class ParallelConfig:
 
 
 DENSE_DEGREES = ("pipeline", "data_replicate", "data_shard", "context", "tensor")
+CHOICES = {
+    "recompute": ["none", "swiglu", "selective", "full"],
+    "accumulate": ["unreduced", "reduced"],
+    "reduce_dtype": ["master", "bf16"],
+}
 UNAVAILABLE = ("pipeline", "expert_tensor")
 
 
@@ -84,9 +100,10 @@ def resolve(config: ParallelConfig, world_size: int) -> ParallelConfig:
     """The degrees with `data_shard` inferred, checked against the number of ranks.
 
     Raises:
-        ConfigError: a degree below 1, a kind of parallelism this version lacks, degrees that do not multiply to
-            `world_size`, or an expert degree that does not divide the ranks experts span.
+        ConfigError: an unknown choice, a degree below 1, a kind of parallelism this version lacks, degrees that do not
+            multiply to `world_size`, or an expert degree that does not divide the ranks experts span.
     """
+    _check_choices(config)
     for name in (*DENSE_DEGREES, "expert", "expert_tensor"):
         degree = getattr(config, name)
         if degree < 1 and not (name == "data_shard" and degree == -1):
@@ -113,3 +130,13 @@ def resolve(config: ParallelConfig, world_size: int) -> ParallelConfig:
         legal = [d for d in range(1, span + 1) if span % d == 0]
         raise ConfigError("parallel.expert", shown, rule, f"parallel.expert one of {legal}, or start more ranks")
     return config
+
+
+def _check_choices(config: ParallelConfig) -> None:
+    for name, legal in CHOICES.items():
+        if getattr(config, name) not in legal:
+            raise unknown_name_error(f"parallel.{name}", getattr(config, name), legal)
+    if config.pipeline > 1 and config.accumulate == "reduced":
+        shown = f"parallel.accumulate=reduced parallel.pipeline={config.pipeline}"
+        rule = "a pipeline's schedule reduces gradients once, after the last micro-batch"
+        raise ConfigError("parallel.accumulate", shown, rule, "parallel.accumulate=unreduced, or pipeline=1")

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from octofold.backends.collectives import Group
+from octofold.kernels.recompute import is_recomputing
 from octofold.kernels.registry import Kernels
 from octofold.parallel.expert import Experts, FlatExperts, Routing
 from octofold.parallel.expert_rows import copy_rows, weigh_rows
@@ -72,7 +73,8 @@ class CapacityExperts(FlatExperts):
         """Which copy, t·K + k, has each place, N where none: int64 [E · C]."""
         experts_N, counts_E = routing.experts_TK.flatten(), routing.counts_E
         copies = experts_N.shape[0]
-        self.traffic.add("dropped_tokens", (counts_E - places).clamp(min=0).sum())
+        if not is_recomputing():
+            self.traffic.add("dropped_tokens", (counts_E - places).clamp(min=0).sum())
         by_weight_N = routing.weights_TK.detach().flatten().argsort(descending=True, stable=True)
         copy_N = by_weight_N[experts_N[by_weight_N].argsort(stable=True)]
         expert_N = experts_N[copy_N]

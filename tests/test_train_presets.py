@@ -171,7 +171,7 @@ def test_refusal_says_how_many_ranks_would_do():
     # 8 GiB on 2 ranks are 16; experts of 4 GiB split in two leave room for 6 - 1 - 2 GiB a rank.
     need = MemoryNeed(state_bytes=8 * GIB, gathered_bytes=5 * GIB, expert_bytes=4 * GIB, accumulates=True)
     message = refusal(need, 6)
-    assert message.remedy.startswith("at least 6 ranks of this size hold it, with parallel.expert=2; a train.global")
+    assert message.remedy.startswith("at least 6 ranks of this size hold it, with parallel.expert=2; parallel.accum")
     assert "the unreduced gradients of all" in message.rule
     assert refusal(need, 1).remedy.startswith("no number of ranks of this size holds it: 1.0 GiB are gathered without")
 

@@ -100,19 +100,20 @@ def draft_model(config: RunConfig, device: torch.device, tokenizer_size: int, *,
         model,
         plan,
         meshes,
+        config.parallel,
         make_route=partial(build_route, config.parallel, device=device),
         compute_dtype=compute_dtype,
         master_dtype=master_dtype,
     )
     apply_transport(model, config.precision)
-    accumulates = micro_batches(config.train, config.parallel) > 1
     moments = config.optim.moments if training else None
     need = memory_need(
         model,
         plan,
+        config.parallel,
         compute_dtype,
         moments=moments,
-        accumulates=accumulates,
+        micro_batches=micro_batches(config.train, config.parallel),
         kept_copies=kept_copies(model),
     )
     return BuiltModel(model, meshes, choices, count, need)
@@ -183,9 +184,13 @@ def rank_memory_bytes(backend: Backend, info: RankInfo) -> int:
 
 
 def build_engine(
-    model: Decoder, optim: OptimConfig, total_updates: int, loss_scale: LossScaleConfig | None = None
+    model: Decoder,
+    optim: OptimConfig,
+    total_updates: int,
+    loss_scale: LossScaleConfig | None = None,
+    parallel: ParallelConfig | None = None,
 ) -> NativeEngine:
-    """The engine with its optimiser, schedule and loss scale (None: no scaling)."""
+    """The engine with its optimiser, schedule, loss scale (None: no scaling) and communication (None: the default)."""
     optimizer = build_adamw(model, optim)
     optimizer.register_step_post_hook(lambda *_: forget_weights(model))
     return NativeEngine(
@@ -194,6 +199,7 @@ def build_engine(
         LossScaler(loss_scale or LossScaleConfig()),
         clip_norm=optim.clip_norm,
         learning_rate=lambda update: learning_rate(optim, update, total_updates),
+        parallel=parallel,
     )
 
 

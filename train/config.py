@@ -129,6 +129,7 @@ def validate(config: RunConfig, world_size: int) -> RunConfig:
         config = replace(config, optim=replace(config.optim, moments=moments))
     _check_moments(config.optim, config.precision)
     _check_batch(config.train, config.parallel)
+    _check_reduction(config)
     _check_experts(config)
     _check_length(config)
     _check_tensor(config)
@@ -191,6 +192,22 @@ def _check_batch(train: TrainConfig, parallel: ParallelConfig) -> None:
         rule = f"the global batch must be a multiple of micro batch x data ranks = {share} sequences"
         nearest = max(share, train.global_batch_size // share * share)
         raise ConfigError("train.global_batch_size", shown, rule, f"train.global_batch_size={nearest}")
+
+
+def _check_reduction(config: RunConfig) -> None:
+    parallel, train = config.parallel, config.train
+    if parallel.reduce_dtype != "bf16":
+        return
+    if config.precision.name == "fp64":
+        shown, rule = "parallel.reduce_dtype=bf16 precision.name=fp64", "under fp64 gradients are summed in FP64"
+        raise ConfigError("parallel.reduce_dtype", shown, rule, "parallel.reduce_dtype=master, or precision=bf16")
+    if parallel.accumulate == "unreduced" and train.global_batch_size > train.micro_batch_size * parallel.data:
+        shown = (
+            "parallel.reduce_dtype=bf16 parallel.accumulate=unreduced "
+            f"train.global_batch_size={train.global_batch_size} train.micro_batch_size={train.micro_batch_size}"
+        )
+        rule = "unreduced gradients are added up over micro-batches in the dtype they are reduced in: not in BF16"
+        raise ConfigError("parallel.reduce_dtype", shown, rule, "parallel.accumulate=reduced, or reduce_dtype=master")
 
 
 def _check_experts(config: RunConfig) -> None:

@@ -86,7 +86,9 @@ def build_trainer(config: RunConfig, run_dir: Path, backend: Backend, info: Rank
         config,
         model=built.model,
         meshes=built.meshes,
-        engine=build_engine(built.model, config.optim, config.train.steps, config.precision.loss_scale),
+        engine=build_engine(
+            built.model, config.optim, config.train.steps, config.precision.loss_scale, config.parallel
+        ),
         data=data,
         loader=data.loader(
             global_batch_size=config.train.global_batch_size,

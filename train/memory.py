@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from octofold.backends.collectives import all_reduce_sum
 from octofold.backends.errors import ConfigError
+from octofold.parallel.config import ParallelConfig
 from octofold.parallel.plan import ParallelPlan
 from octofold.train.optim.moments import moments_bytes
 
@@ -40,11 +41,14 @@ class MemoryNeed:
     """This rank's shards: master weights and, in training, their gradients and moments."""
     gathered_bytes: int
     """What is whole for a while: embedding, head and two layers (one computes, the next arrives) in the compute dtype,
-    and their gradients; where micro-batches accumulate, the gradients of the whole model in the master dtype; and the
-    weights that are kept in FP8."""
+    or all layers where they stay gathered; their gradients, or those of the whole model where micro-batches accumulate
+    them unreduced; and the weights that are kept in FP8."""
     expert_bytes: int
     """Of `gathered_bytes` the experts, which a larger parallel.expert splits further."""
     accumulates: bool
+    """Micro-batches add up whole gradients."""
+    stays_gathered: bool = False
+    """All layers, from their first forward pass to the end of the step."""
     kept_bytes: int = 0
     """Of `gathered_bytes` the weights that are kept in FP8 until the next update."""
 
@@ -70,17 +74,19 @@ def count_parameters(model: nn.Module, plan: ParallelPlan, active_share: float) 
 def memory_need(
     model: nn.Module,
     plan: ParallelPlan,
+    options: ParallelConfig,
     compute_dtype: torch.dtype,
     *,
     moments: str | None,
-    accumulates: bool,
+    micro_batches: int,
     kept_copies: Mapping[str, int] | None = None,
 ) -> MemoryNeed:
     """The need of a model that `apply_plan` has split (meta device).
 
     Args:
+        options: when weights are gathered and gradients reduced (parallel/data.py).
         moments: what they are kept in (`optim.moments`), beside gradients; None: not for training.
-        accumulates: over several micro-batches, during which no gradient is reduced (`NativeEngine.backward`).
+        micro_batches: of a step.
         kept_copies: parameters of which a rank keeps quantised copies of one byte a number, and how many.
     """
     state_bytes, master_bytes = 0, 4
@@ -97,21 +103,24 @@ def memory_need(
         of_experts = name.rpartition(".")[0] in plan.experts
         (experts if of_experts else dense)[block] += _gathered_numel(parameter)
         kept[of_experts] += _gathered_numel(parameter) * (kept_copies or {}).get(name, 0)
+    accumulates = micro_batches > 1 and options.accumulate == "unreduced"
+    stays = moments is not None and not options.reshard_after_forward
+    reduce_bytes = 2 if options.reduce_dtype == "bf16" else master_bytes
     largest = max(plan.blocks, key=lambda b: dense[b] + experts[b])
 
     def gathered(numel: dict[str, int]) -> int:
         root, layer = numel[""], numel[largest]
-        weights = (root + 2 * layer) * compute_dtype.itemsize
+        weights = (sum(numel.values()) if stays else root + 2 * layer) * compute_dtype.itemsize
         if moments is None:
             return weights
         if accumulates:
-            return weights + sum(numel.values()) * master_bytes + layer * compute_dtype.itemsize
-        # As computed, and once more in the master dtype on the way to the ranks that own it.
-        return weights + (root + layer) * (compute_dtype.itemsize + master_bytes)
+            return weights + sum(numel.values()) * reduce_bytes + layer * compute_dtype.itemsize
+        # As computed, and once more in the dtype they are summed in, on the way to the ranks that own it.
+        return weights + (root + layer) * (compute_dtype.itemsize + reduce_bytes)
 
     expert_bytes, kept_bytes = gathered(experts) + kept[True], sum(kept.values())
     gathered_bytes = gathered(dense) + kept[False] + expert_bytes
-    return MemoryNeed(state_bytes, gathered_bytes, expert_bytes, accumulates, kept_bytes)
+    return MemoryNeed(state_bytes, gathered_bytes, expert_bytes, accumulates, stays, kept_bytes)
 
 
 def _gathered_numel(parameter: DTensor) -> int:
@@ -160,7 +169,9 @@ def require_memory(
     # The constructor shows a value that holds a "=" as it is.
     more = ranks_needed(need, memory_bytes=memory_bytes, ranks=ranks, expert=expert, experts=experts)
     if need.accumulates:
-        more += "; a train.global_batch_size without accumulation takes less"
+        more += "; parallel.accumulate=reduced takes less and communicates more"
+    if need.stays_gathered:
+        more += "; parallel.reshard_after_forward=true takes less and communicates more"
     if need.kept_bytes:
         more += f"; precision.keep_weights=false takes {readable(need.kept_bytes)} less and more time"
     raise ConfigError("model", shown, rule, f"{more}; or a smaller model, such as model=deepseek_v3_tiny")

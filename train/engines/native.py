@@ -11,6 +11,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from octofold.kernels.fp8 import HISTORY
+from octofold.parallel.config import ParallelConfig
+from octofold.parallel.data import begin_backward
 from octofold.parallel.norm import global_norm
 from octofold.train.precision.loss_scale import LossScaler
 
@@ -66,23 +68,25 @@ class NativeEngine:
         *,
         clip_norm: float,
         learning_rate: Callable[[int], float],
+        parallel: ParallelConfig | None = None,
     ) -> None:
         """
         Args:
             clip_norm: bound of the global gradient norm; 0 switches clipping off.
             learning_rate: the rate of the update after so many applied ones.
+            parallel: what each micro-batch communicates (parallel/data.py); None: as by default.
         """
-        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.model, self.optimizer, self.scaler, self.parallel = model, optimizer, scaler, parallel or ParallelConfig()
         self.clip_norm, self.learning_rate = clip_norm, learning_rate
         self.updates = 0
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Accumulate the gradients of one micro-batch, times the loss scale; only the last one communicates them.
+        """Accumulate the gradients of one micro-batch, times the loss scale; `last`: of the step.
 
         A loss that enters the backward pass by another way (a gate's balance losses) is scaled by its owner.
         """
         assert isinstance(self.model, FSDPModule)
-        self.model.set_requires_gradient_sync(last)
+        begin_backward(self.model, self.parallel, last=last)
         (loss * self.scaler.scale).backward()
 
     def step(self) -> StepResult:
@@ -109,6 +113,10 @@ class NativeEngine:
         self.optimizer.zero_grad()
         self.scaler.update(applied=applied)
         return StepResult(grad_norm, lr, applied, scale)
+
+    def alike(self, parameter: nn.Parameter) -> list[torch.Tensor]:
+        """The parameter and its moments, placed like it; what is written into them counts from the next step on."""
+        return [parameter, *self.optimizer.moments(parameter).values()]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and optimiser moments by name, for a checkpoint: DTensors that know their place in the whole.

@@ -5,9 +5,12 @@ cached positions, D hidden width, H heads (those of this rank), n and r widths o
 position, d = n + r, v width of a value, l rank of the latent that keys and values are expanded from.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 
+from octofold.kernels.recompute import recomputed
 from octofold.kernels.registry import Kernels
 from octofold.parallel.apply import local
 from octofold.parallel.sequence import WholeSequence
@@ -94,8 +97,7 @@ class LatentAttention(nn.Module):
                 the absorbed form; what begins a sequence is expanded, since many tokens make it the cheaper form.
         """
         c = self.config
-        q_BQHn, q_BQHr = self._queries(x_BPD).split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
-        q_BQHr = rotate(q_BQHr, *rope)
+        q_BHQd = self._queries(x_BPD, rope)
         latent_BPl, k_BPr = self.kv_a_proj_with_mqa(x_BPD).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         own_rope = [self.sequence.own(table) for table in rope]
         latent_BPl, k_BPr = self.kv_a_layernorm(latent_BPl), rotate(k_BPr[:, :, None], *own_rope)[:, :, 0]
@@ -105,42 +107,51 @@ class LatentAttention(nn.Module):
             assert doc_ids_BS is None, "the cache holds one document a sequence"
             kept_BCw = cache.extend(self.layer, new_BSw)
         if kept_BCw is None or kept_BCw.shape[1] == new_BSw.shape[1]:
-            out_BQHv = self._expanded(q_BQHn, q_BQHr, new_BSw, doc_ids_BS)
+            out_BQHv = self._expanded(q_BHQd, new_BSw, doc_ids_BS)
         else:
-            out_BQHv = self._absorbed(q_BQHn, q_BQHr, kept_BCw)
+            out_BQHv = self._absorbed(q_BHQd, kept_BCw)
         return self.sequence.leave(self.o_proj(out_BQHv.flatten(2)))
 
-    def _queries(self, x_BPD: torch.Tensor) -> torch.Tensor:
+    def _queries(self, x_BPD: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         if self.config.q_lora_rank is None:
-            q = self.q_proj(self.sequence.enter(x_BPD))
-        else:
-            q = self.q_b_proj(self.sequence.enter(self.q_a_layernorm(self.q_a_proj(x_BPD))))
-        return q.unflatten(-1, (-1, self.config.qk_head_dim))
+            return self._query_heads(self.q_proj, self.sequence.enter(x_BPD), *rope)
+        latent_BQl = self.sequence.enter(self.q_a_layernorm(self.q_a_proj(x_BPD)))
+        return recomputed("up_projection", partial(self._query_heads, self.q_b_proj), latent_BQl, *rope)
 
-    def _expanded(
-        self, q_BQHn: torch.Tensor, q_BQHr: torch.Tensor, new_BSw: torch.Tensor, doc_ids_BS: torch.Tensor | None
+    def _query_heads(
+        self, project: nn.Module, x_BQw: torch.Tensor, cos_BQc: torch.Tensor, sin_BQc: torch.Tensor
     ) -> torch.Tensor:
-        """Attention over keys and values of every head, expanded from latents and rotary keys: [B, Q, H, v]."""
+        c = self.config
+        q_BQHd = project(x_BQw).unflatten(-1, (-1, c.qk_head_dim))
+        q_BQHn, q_BQHr = q_BQHd.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
+        # Transposed before they are joined, which saves a copy: attention wants heads before positions.
+        return torch.cat([q_BQHn.transpose(1, 2), rotate(q_BQHr, cos_BQc, sin_BQc).transpose(1, 2)], dim=-1)
+
+    def _key_value_heads(self, new_BSw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys [B, H, S, d] and values [B, H, S, v], expanded from latents and rotary keys."""
         c = self.config
         latent_BSl, k_BSr = new_BSw.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         kv_BSHw = self.kv_b_proj(latent_BSl).unflatten(-1, (-1, c.qk_nope_head_dim + c.v_head_dim))
         k_BSHn, v_BSHv = kv_BSHw.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
         k_BSHr = k_BSr[:, :, None].expand(*k_BSHn.shape[:-1], -1)
-        # Transposed before they are joined, which saves a copy: attention wants heads before positions.
-        q_BHQd = torch.cat([q_BQHn.transpose(1, 2), q_BQHr.transpose(1, 2)], dim=-1)
-        k_BHSd = torch.cat([k_BSHn.transpose(1, 2), k_BSHr.transpose(1, 2)], dim=-1)
+        return torch.cat([k_BSHn.transpose(1, 2), k_BSHr.transpose(1, 2)], dim=-1), v_BSHv.transpose(1, 2)
+
+    def _expanded(self, q_BHQd: torch.Tensor, new_BSw: torch.Tensor, doc_ids_BS: torch.Tensor | None) -> torch.Tensor:
+        """Attention over keys and values of every head: [B, Q, H, v]."""
+        k_BHSd, v_BHSv = recomputed("up_projection", self._key_value_heads, new_BSw)
         out_BHQv = self.sequence.attend(
-            self.kernels.attention, q_BHQd, k_BHSd, v_BSHv.transpose(1, 2), scale=self.scale, doc_ids_BS=doc_ids_BS
+            self.kernels.attention, q_BHQd, k_BHSd, v_BHSv, scale=self.scale, doc_ids_BS=doc_ids_BS
         )
         return out_BHQv.transpose(1, 2)
 
-    def _absorbed(self, q_BSHn: torch.Tensor, q_BSHr: torch.Tensor, kept_BCw: torch.Tensor) -> torch.Tensor:
+    def _absorbed(self, q_BHSd: torch.Tensor, kept_BCw: torch.Tensor) -> torch.Tensor:
         """The same, with the expansion moved to the queries and the output: [B, S, H, v].
 
         k = W_UK latent and v = W_UV latent, so q·k = (W_UKᵀ q)·latent and Σ p v = W_UV (Σ p latent): every head reads
         the cached latents as they are (DeepSeek-V2, section 2.1.2).
         """
-        c, (sequences, new, heads, _), kept = self.config, q_BSHn.shape, kept_BCw.shape[1]
+        c, (sequences, heads, new, _), kept = self.config, q_BHSd.shape, kept_BCw.shape[1]
+        q_BSHn, q_BSHr = q_BHSd.transpose(1, 2).split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
         weight_Hwl = local(self.kv_b_proj.weight).unflatten(0, (heads, -1))
         up_k_Hnl, up_v_Hvl = weight_Hwl.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
         q_BSHw = torch.cat([torch.einsum("bshn,hnl->bshl", q_BSHn, up_k_Hnl), q_BSHr], dim=-1)

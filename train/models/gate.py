@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from octofold.kernels.recompute import is_recomputing, recomputed
 from octofold.parallel.sequence import WholeSequence
 from octofold.train.models.balance import LOSSES, balance_losses, inject
 from octofold.train.models.config import ModelConfig
@@ -51,7 +52,9 @@ class TopKGate(nn.Module):
         """
         c = self.config
         exact = torch.float64 if x_BSD.dtype == torch.float64 else torch.float32
-        logits_BSE = nn.functional.linear(x_BSD.to(exact), self.weight.to(exact))
+        # In BF16 the wide copy would be kept beside the norm's output that it is made of.
+        exact_BSD = recomputed("norm", lambda x: x.to(exact), x_BSD)
+        logits_BSE = nn.functional.linear(exact_BSD, self.weight.to(exact))
         scores_BSE = logits_BSE.softmax(-1) if c.scoring_func == "softmax" else logits_BSE.sigmoid()
         scores_TE = scores_BSE.flatten(0, 1)
         experts_TK = self._choose(scores_TE.detach())
@@ -77,7 +80,7 @@ class TopKGate(nn.Module):
         return scores_TE.topk(c.num_experts_per_tok, dim=-1, sorted=False).indices
 
     def _weighted(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
-        for name, loss in losses.items():
+        for name, loss in losses.items() if not is_recomputing() else ():
             # Every rank that shares these sequences adds the same.
             self.loss_sums_J[LOSSES.index(name)] += loss.detach() / self.sequence.ranks
         return torch.stack([getattr(self.config.balance, f"{name}_loss") * loss for name, loss in losses.items()]).sum()

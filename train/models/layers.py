@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from octofold.kernels.fp8 import Fp8State
+from octofold.kernels.recompute import recomputed
 from octofold.kernels.registry import Kernels
 from octofold.parallel.apply import local
 from octofold.parallel.sequence import WholeSequence
@@ -57,6 +58,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] to [..., D]."""
+        return recomputed("norm", self._norm, x)
+
+    def _norm(self, x: torch.Tensor) -> torch.Tensor:
         return self.kernels.rms_norm(x, self.weight, self.eps)
 
 
@@ -76,7 +80,7 @@ class FeedForward(nn.Module):
         gate_up, down = self._gate_up(self.sequence.enter(x_BPD)), self.down_proj
         if down.fp8 is not None:
             return self.sequence.leave(down.fp8.swiglu_linear(gate_up, local(down.weight)))
-        return self.sequence.leave(down(self.kernels.swiglu(gate_up)))
+        return self.sequence.leave(down(recomputed("swiglu", self.kernels.swiglu, gate_up)))
 
     def _gate_up(self, x: torch.Tensor) -> torch.Tensor:
         """Both projections: [..., 2·I]."""

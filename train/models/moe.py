@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from octofold.kernels.fp8 import Fp8State
+from octofold.kernels.recompute import is_recomputing, recomputed
 from octofold.kernels.registry import Kernels
 from octofold.parallel.apply import local
 from octofold.parallel.expert import ExpertRoute, LocalExperts, Routing
@@ -42,7 +43,7 @@ class StackedExperts(nn.Module):
             gate_up = kernels.grouped_mm(x_ND, w_gate_up, counts_E)
         if self.down_fp8 is not None:
             return self.down_fp8.swiglu_grouped(gate_up, w_down, counts_E)
-        return kernels.grouped_mm(kernels.swiglu(gate_up), w_down, counts_E)
+        return kernels.grouped_mm(recomputed("swiglu", kernels.swiglu, gate_up), w_down, counts_E)
 
 
 class MixtureOfExperts(nn.Module):
@@ -62,7 +63,7 @@ class MixtureOfExperts(nn.Module):
         x_TD = x_BSD.flatten(0, 1)
         experts_TK, weights_TK = self.gate(x_BSD)
         counts_E = torch.bincount(experts_TK.flatten(), minlength=self.gate.load_E.shape[0])
-        if self.training:
+        if self.training and not is_recomputing():
             self.gate.load_E += counts_E
         shared_BSD: torch.Tensor | None
         routed_TD, shared_BSD = self.run_experts(
