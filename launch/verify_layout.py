@@ -83,6 +83,9 @@ def _asked(texts: Sequence[str], config_dirs: Sequence[str]) -> JobConfig:
     if job.resume is not None:
         rule = "a layout is verified from initial weights"
         raise ConfigError("resume", job.resume, rule, "leave resume out")
+    if job.parallel.expert_capacity:
+        rule = "what finds no place is dropped rank by rank, so that no layout computes what one rank does"
+        raise ConfigError("parallel.expert_capacity", job.parallel.expert_capacity, rule, "parallel.expert_capacity=0")
     ranks = job.launch.nproc_per_node if job.launch.nproc_per_node > 1 else smallest_world(job.parallel)
     return settle(texts, config_dirs, world_size=ranks).config
 

@@ -4,16 +4,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-import torch.distributed as dist
-
-import octofold.train.build
 from octofold.launch.compose import apply, compose, parse
 from octofold.launch.config import JobConfig
-from octofold.parallel.config import DENSE_DEGREES, ParallelConfig
-from octofold.parallel.mesh import Meshes, build_meshes
 from octofold.train.config import RunConfig, validate
-from octofold.train.layout.facts import RankFacts
-from octofold.train.layout.record import record
 from octofold.train.layout.twin import smallest_world, twin
 
 SEQUENCES, TOKENS = 8, 32
@@ -39,6 +32,7 @@ def _cases(micro: int, *degrees: str) -> list[Case]:
 DEFAULT = [
     *_cases(2, "data_shard=2", "data_replicate=2", "expert=2", "tensor=2", "context=2"),
     *_cases(2, "tensor=2 context=2 expert=2", "data_replicate=2 data_shard=2 expert=2"),
+    *_cases(2, "expert=4 expert_route=two_stage"),
 ]
 """What the default suite proves; the rest is slow."""
 SINGLE = _cases(1, "data_shard=4", "data_shard=8", "data_replicate=4", "expert=4", "expert=8")
@@ -56,6 +50,7 @@ SEVERAL = [
     *_cases(1, "data_shard=2 context=2 expert=4", "data_shard=4 tensor=2 expert=8"),
     *_cases(1, "data_replicate=2 tensor=2 context=2 expert=2", "data_replicate=2 data_shard=2 tensor=2 expert=4"),
     *_cases(1, "data_shard=2 tensor=2 context=2 expert=2", "data_shard=2 tensor=2 context=2 expert=8"),
+    *_cases(1, "data_shard=4 tensor=2 expert=8 expert_route=two_stage expert_overlap=false"),
 ]
 """Three to five together."""
 FULL = [*SINGLE, *PAIRS, *SEVERAL]
@@ -88,25 +83,3 @@ def run_of(model: str, case: Case, folder: Path, *texts: str) -> tuple[RunConfig
 def _data_shard(job: JobConfig, ranks: int) -> int:
     parallel = job.parallel
     return ranks // (parallel.pipeline * parallel.data_replicate * parallel.context * parallel.tensor)
-
-
-_known_meshes: dict[tuple[int, ...], Meshes] = {}
-
-
-def _meshes(config: ParallelConfig, device_type: str) -> Meshes:
-    """`build_meshes`, once for equal degrees: process groups last as long as the ranks."""
-    degrees = tuple(getattr(config, name) for name in (*DENSE_DEGREES, "expert", "expert_tensor"))
-    if degrees not in _known_meshes:
-        _known_meshes[degrees] = build_meshes(config, device_type)
-    return _known_meshes[degrees]
-
-
-def record_again(config: RunConfig, run_dir: Path) -> RankFacts:
-    """`record` on warm ranks, over meshes that earlier runs of the same degrees have made."""
-    original = octofold.train.build.build_meshes
-    octofold.train.build.build_meshes = _meshes
-    try:
-        return record(config, run_dir)
-    finally:
-        octofold.train.build.build_meshes = original
-        dist.barrier()

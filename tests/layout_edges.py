@@ -4,10 +4,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from layout_cases import record_again
 
 from octofold.train.config import RunConfig
 from octofold.train.layout.facts import RankFacts
+from octofold.train.layout.record import record
 from octofold.train.models.gate import TopKGate
 
 
@@ -18,7 +18,7 @@ def everything_to_one_expert(config: RunConfig, run_dir: Path) -> RankFacts:
         return torch.full((len(scores_TE), 1), 5)
 
     with patch.object(TopKGate, "_choose", choose):
-        return record_again(config, run_dir)
+        return record(config, run_dir)
 
 
 def most_experts_empty(config: RunConfig, run_dir: Path) -> RankFacts:
@@ -29,4 +29,4 @@ def most_experts_empty(config: RunConfig, run_dir: Path) -> RankFacts:
         return scores_TE[:, -count:].topk(K, dim=1).indices + scores_TE.shape[1] - count
 
     with patch.object(TopKGate, "_choose", choose):
-        return record_again(config, run_dir)
+        return record(config, run_dir)

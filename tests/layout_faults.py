@@ -8,7 +8,6 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from layout_cases import record_again
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
@@ -17,6 +16,7 @@ import octofold.parallel.apply
 import octofold.parallel.norm
 from octofold.train.config import RunConfig
 from octofold.train.layout.facts import RankFacts
+from octofold.train.layout.record import record
 from octofold.train.loss import valid_tokens
 from octofold.train.models.mtp import MtpDepth
 from octofold.train.trainer import Schedule, Trainer
@@ -52,7 +52,7 @@ def _experts_reduced(times: int, config: RunConfig, run_dir: Path) -> RankFacts:
         return applied
 
     with patch("octofold.train.build.apply_plan", faulty):
-        return record_again(config, run_dir)
+        return record(config, run_dir)
 
 
 def experts_not_summed(config: RunConfig, run_dir: Path) -> RankFacts:
@@ -75,7 +75,7 @@ def bias_from_local_counts(config: RunConfig, run_dir: Path) -> RankFacts:
         return loads_GE
 
     with patch("octofold.train.trainer.gather_loads", local):
-        return record_again(config, run_dir)
+        return record(config, run_dir)
 
 
 def _tokens(counted: Callable[[torch.Tensor], torch.Tensor], config: RunConfig, run_dir: Path) -> RankFacts:
@@ -86,7 +86,7 @@ def _tokens(counted: Callable[[torch.Tensor], torch.Tensor], config: RunConfig, 
         return accumulate(self, batches, counted(torch.tensor(own).sum(0).to(tokens_J)), *rest)
 
     with patch.object(Trainer, "_accumulate", faulty):
-        return record_again(config, run_dir)
+        return record(config, run_dir)
 
 
 def divided_by_local_tokens(config: RunConfig, run_dir: Path) -> RankFacts:
@@ -103,14 +103,14 @@ def mtp_gradient_dropped(config: RunConfig, run_dir: Path) -> RankFacts:
     """The loss of multi-token prediction is reported and takes no part in the backward pass."""
     schedule = Trainer._schedule
     with patch.object(Trainer, "_schedule", lambda self: Schedule(0.0, schedule(self).bias_update_rate)):
-        return record_again(config, run_dir)
+        return record(config, run_dir)
 
 
 def mtp_block_detached(config: RunConfig, run_dir: Path) -> RankFacts:
     """What multi-token prediction computes is cut off from the gradient, head and embedding are not."""
     forward = MtpDepth.forward
     with patch.object(MtpDepth, "forward", lambda self, *args, **options: forward(self, *args, **options).detach()):
-        return record_again(config, run_dir)
+        return record(config, run_dir)
 
 
 def norm_counts_experts_twice(config: RunConfig, run_dir: Path) -> RankFacts:
@@ -122,7 +122,7 @@ def norm_counts_experts_twice(config: RunConfig, run_dir: Path) -> RankFacts:
         return copies(gradient) / (2 if "expert_data" in names else 1)
 
     with patch("octofold.parallel.norm.copies_in_world", faulty):
-        return record_again(config, run_dir)
+        return record(config, run_dir)
 
 
 def norm_weights_not_summed_over_tensor(config: RunConfig, run_dir: Path) -> RankFacts:
@@ -135,12 +135,12 @@ def norm_weights_not_summed_over_tensor(config: RunConfig, run_dir: Path) -> Ran
         return replace(right, infos={**right.infos, "whole": right.infos["split"]})
 
     with patch.object(shards, "over", staticmethod(faulty)):
-        return record_again(config, run_dir)
+        return record(config, run_dir)
 
 
 def balance_loss_lost_on_a_rank(config: RunConfig, run_dir: Path) -> RankFacts:
     """The last rank computes its balance losses, and they reach no gradient."""
     if dist.get_rank() != dist.get_world_size() - 1:
-        return record_again(config, run_dir)
+        return record(config, run_dir)
     with patch("octofold.train.models.gate.inject", lambda carrier, loss, scale: carrier):
-        return record_again(config, run_dir)
+        return record(config, run_dir)

@@ -3,26 +3,24 @@
 import pytest
 from layout_cases import Case, run_of
 
-from octofold.train.layout.prove import facts, one_rank, prove
+from octofold.train.layout.prove import RECORD, facts, one_rank, prove
 
 ONE_EXPERT = ["model.num_experts_per_tok=1", "model.n_group=1", "model.topk_group=1"]
 EDGES = [
     pytest.param("v3", Case("data_shard=4 expert=4", 1), "layout_edges:most_experts_empty", [], id="empty experts"),
     pytest.param("v3", Case("expert=2", 4), "layout_edges:everything_to_one_expert", ONE_EXPERT, id="one expert"),
-    pytest.param(
-        "v3", Case("tensor=2 expert=2", 1), "layout_cases:record_again", ["data.sequence_length=2"], id="one token"
-    ),
+    pytest.param("v3", Case("tensor=2 expert=2", 1), RECORD, ["data.sequence_length=2"], id="one token"),
     pytest.param(
         "v3",
         Case("data_shard=2 context=2", 1),
-        "layout_cases:record_again",
+        RECORD,
         ["data.mask_documents=true"],
         id="packed documents over context ranks, unequal counts",
     ),
     pytest.param(
         "v2",
         Case("data_shard=4 expert=2", 1),
-        "layout_cases:record_again",
+        RECORD,
         ["data.mask_documents=true", "train.global_batch_size=16"],
         id="accumulation over four micro-batches, unequal counts",
     ),

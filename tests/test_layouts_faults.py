@@ -42,7 +42,7 @@ FAULTLESS = [LAYOUT, SPLIT, Case("expert=2")]
 
 def accused(case: Case, seed: int, layout_root: Path, alone: Any, ranks: Any, folder: Path) -> list[str]:
     config, count = run_of("v3", case, layout_root, MASKED, f"train.seed={seed}")
-    return prove(config, count, folder, ranks, expected=alone(config), task="layout_cases:record_again").diagnosis
+    return prove(config, count, folder, ranks, expected=alone(config)).diagnosis
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -13,7 +13,7 @@ from octofold.train.precision.config import PrecisionConfig
 @pytest.mark.parametrize("case", DEFAULT, ids=str)
 def test_layout_equals_one_rank(case, model, layout_root, alone, ranks, tmp_path):
     config, count = run_of(model, case, layout_root)
-    proof = prove(config, count, tmp_path, ranks, expected=alone(config), task="layout_cases:record_again")
+    proof = prove(config, count, tmp_path, ranks, expected=alone(config))
     assert proof.holds, "\n".join([*proof.diagnosis, *map(str, proof.differences[:5])])
     assert len(proof.differences) > 200
 
@@ -23,7 +23,7 @@ def test_layout_equals_one_rank(case, model, layout_root, alone, ranks, tmp_path
 @pytest.mark.parametrize("model", MODELS)
 def test_full_matrix(case, model, layout_root, alone, ranks, tmp_path):
     config, count = run_of(model, case, layout_root, "data.mask_documents=true")
-    proof = prove(config, count, tmp_path, ranks, expected=alone(config), task="layout_cases:record_again")
+    proof = prove(config, count, tmp_path, ranks, expected=alone(config))
     worst = proof.differences[0]
     print(f"{model}  {'yes' if proof.holds else 'NO '}  {worst.error:.1e}  {count} ranks  {case}  ({worst.key})")
     assert proof.holds, "\n".join([*proof.diagnosis, *map(str, proof.differences[:5])])
@@ -37,7 +37,7 @@ IN_FP8 = ["expert=2", "tensor=2", "context=2", "data_shard=2 expert=2"]
 def test_fp8_errs_no_more_than_on_one_rank(degrees, layout_root, ranks, tmp_path):
     config, count = run_of("v3", Case(degrees), layout_root)
     precision = PrecisionConfig("fp8_block", arithmetic="emulate", block=16)
-    proof = prove_fp8(replace(config, precision=precision), count, tmp_path, ranks, task="layout_cases:record_again")
+    proof = prove_fp8(replace(config, precision=precision), count, tmp_path, ranks)
     print(f"{degrees}: {proof.layout:.4%} against FP64, {proof.one_rank:.4%} on one rank")
     assert 0.001 < proof.one_rank < 0.5, "FP8 was on the way"
     assert proof.holds, f"{proof.layout / proof.one_rank} above {FP8_BAR}"
@@ -48,5 +48,5 @@ def test_fp8_errs_no_more_than_on_one_rank(degrees, layout_root, ranks, tmp_path
 def test_fp32_smoke(case, layout_root, ranks, tmp_path):
     config, count = run_of("v3", case, layout_root)
     single = replace(config, precision=PrecisionConfig("fp32"))
-    proof = prove(single, count, tmp_path, ranks, task="layout_cases:record_again")
+    proof = prove(single, count, tmp_path, ranks)
     assert proof.holds, "\n".join([*proof.diagnosis, *map(str, proof.differences[:5])])

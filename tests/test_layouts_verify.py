@@ -59,6 +59,7 @@ def test_no_names_the_worst_and_the_fault(tmp_path, capsys):
         ([], "every degree is 1"),
         (["parallel.expert=3", "train.global_batch_size=12"], "every rank holds the same number of experts"),
         (["parallel.expert=2", "resume=auto"], "leave resume out"),
+        (["parallel.expert=2", "parallel.expert_capacity=1.5"], "dropped rank by rank"),
         (["parallel.expert=2", "verify.ranks=1"], "verify.ranks=1"),
         (["parallel.expert=2", "verify.precision=fp16"], "verify.precision is one of: fp64, fp32, fp8"),
         (["parallel.expert=2", "verify.precision=fp8"], "the recipe that is verified is the configured one"),

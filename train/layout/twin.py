@@ -69,7 +69,8 @@ def twin(config: RunConfig, folder: Path, *, steps: int, precision: PrecisionCon
         config,
         resume=None,
         model=model,
-        parallel=parallel,
+        # DeepEP brings the same rows to the same ranks, on GPUs.
+        parallel=replace(parallel, expert_route="auto") if parallel.expert_route == "deepep" else parallel,
         data=_small_data(config.data, parallel, folder),
         precision=precision,
         optim=_small_optim(config.optim, precision),
@@ -83,8 +84,7 @@ def twin(config: RunConfig, folder: Path, *, steps: int, precision: PrecisionCon
             eval_every=0,
             sample_tokens=0,
         ),
-        # One thread a rank: how a sum is split over threads decides its last bits.
-        backend=BackendConfig(name="cpu", threads=1),
+        backend=_small_backend(config),
         kernels=KernelsConfig(),
     )
 
@@ -146,6 +146,14 @@ def _experts(model: ModelConfig, degree: int, chosen: int) -> int:
 def _small_optim(optim: OptimConfig, precision: PrecisionConfig) -> OptimConfig:
     moments = "fp32" if precision.name == "fp64" else optim.moments
     return replace(optim, moments=moments, warmup_steps=min(optim.warmup_steps, 2))
+
+
+def _small_backend(config: RunConfig) -> BackendConfig:
+    """CPUs; two nodes where experts are reached over several."""
+    ranks = prod(getattr(config.parallel, name) for name in DENSE_DEGREES)
+    several = config.parallel.expert_route == "two_stage" or 0 < config.backend.ranks_per_node < ranks
+    # One thread a rank: how a sum is split over threads decides its last bits.
+    return BackendConfig(name="cpu", threads=1, ranks_per_node=ranks // 2 if several and ranks % 2 == 0 else 0)
 
 
 def _small_data(data: DataConfig, parallel: ParallelConfig, folder: Path) -> DataConfig:
