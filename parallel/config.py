@@ -74,7 +74,7 @@ CHOICES = {
     "accumulate": ["unreduced", "reduced"],
     "reduce_dtype": ["master", "bf16"],
 }
-UNAVAILABLE = ("pipeline", "expert_tensor")
+UNAVAILABLE = ("expert_tensor",)
 
 
 EXPERT_ROUTES = ("auto", "flat", "two_stage", "deepep")

@@ -74,6 +74,11 @@ class Pipeline:
         """Whether the last stage, which knows the losses, is on this rank."""
         return len(self.ranks) - 1 in self.stages
 
+    @property
+    def speaker(self) -> int:
+        """A rank of the world that holds the last stage: the same on all ranks."""
+        return self.ranks[-1] * (dist.get_world_size() // self.group.size())
+
     def accumulate(self, tokens: torch.Tensor, labels: torch.Tensor, loss_of: LossOf, **inputs: Any) -> None:
         """Forward and backward over all micro-batches of a step, which lie one after the other along B.
 

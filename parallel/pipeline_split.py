@@ -102,12 +102,19 @@ def check_pipeline(config: ParallelConfig, layers: int, micro_batches: int) -> N
             rule = "without a pipeline (parallel.pipeline=1) there is one stage"
             raise ConfigError("parallel.pipeline", shown, rule, "parallel.pipeline above 1, or leave these out")
         return
+    if config.accumulate != "unreduced":
+        shown = f"parallel.accumulate={config.accumulate} parallel.pipeline={config.pipeline}"
+        rule = "the schedules of pipelines reduce gradients once, after all micro-batches"
+        raise ConfigError("parallel.accumulate", shown, rule, "parallel.accumulate=unreduced")
     _check_stages(config, layers)
     _check_micro_batches(config, micro_batches)
 
 
 def _check_stages(config: ParallelConfig, layers: int) -> None:
     kind, held = SCHEDULES[config.pipeline_schedule], stages_a_rank(config)
+    if kind.splits_backward:
+        rule = "this version can simulate a split backward pass, not run one"
+        raise ConfigError("parallel.pipeline_schedule", config.pipeline_schedule, rule, "gpipe, 1f1b or interleaved")
     shown = f"parallel.pipeline_schedule={config.pipeline_schedule} parallel.pipeline_stages={held}"
     if held < kind.stages or (kind.most_stages and held > kind.most_stages):
         number = f"exactly {kind.stages}" if kind.most_stages else f"at least {kind.stages}"

@@ -77,7 +77,7 @@ def outcome(trainer: Trainer, run_dir: Path) -> dict[str, Any]:
     records = [record for record in read_metrics(run_dir) if record["kind"] == "train"]
     return {
         "records": records,
-        "tensors": tensors if dist.get_rank() == 0 else {},
+        "tensors": tensors if dist.get_rank() == 0 or trainer.pipeline else {},
         "progress": asdict(trainer.progress),
         "updates": trainer.engine.updates,
     }
@@ -154,7 +154,13 @@ def write(
     trainer.model.lm_head.register_forward_hook(prefer)
     usual: dict[str, Any] = {"prompt": "the ", "tokens": 12, "context": 64, "temperature": 0.0, "top_k": 0, "seed": 0}
     texts = [
-        generate(trainer.model, trainer.data.tokenizer, device=trainer.device, **{**usual, **request})
+        generate(
+            trainer.model,
+            trainer.data.tokenizer,
+            pipeline=trainer.pipeline,
+            device=trainer.device,
+            **{**usual, **request},
+        )
         for request in requests
     ]
     trainer.loader.close()
@@ -208,14 +214,20 @@ def run_with_gradients(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     """`run`, with the gradients of the first step, before clipping, as `gradients` (rank 0)."""
     trainer = build(config, run_dir)
     gradients: Arrays = {}
-    step = trainer.engine.step
+    step, ends = trainer.engine.step, trainer.engine.ends
 
     def recording_step() -> StepResult:
-        if not gradients:
-            named = trainer.model.named_parameters()
-            gradients.update(whole({name: p.grad for name, p in named if p.grad is not None}))
-        return step()
+        if gradients:
+            return step()
+        if ends is not None:
+            ends.sum_gradients()
+        named = trainer.model.named_parameters()
+        gradients.update(whole({name: p.grad for name, p in named if p.grad is not None}))
+        with pytest.MonkeyPatch.context() as patch:
+            if ends is not None:  # their gradients have been summed
+                patch.setattr(ends, "sum_gradients", lambda: None)
+            return step()
 
     trainer.engine.step = recording_step  # type: ignore[method-assign]
     assert trainer.run(StopSignals())
-    return {**outcome(trainer, run_dir), "gradients": gradients if dist.get_rank() == 0 else {}}
+    return {**outcome(trainer, run_dir), "gradients": gradients if dist.get_rank() == 0 or trainer.pipeline else {}}

@@ -14,6 +14,9 @@ from octofold.parallel.apply import apply_plan
 from octofold.parallel.config import DENSE_DEGREES, ParallelConfig
 from octofold.parallel.expert_routes import build_route
 from octofold.parallel.mesh import Meshes, build_meshes
+from octofold.parallel.pipeline import Pipeline
+from octofold.parallel.pipeline_ends import SharedEnds
+from octofold.parallel.pipeline_split import rank_of_stage, split_layers
 from octofold.train.config import OptimConfig, RunConfig, TrainConfig
 from octofold.train.data.build import Data
 from octofold.train.engines.native import NativeEngine
@@ -23,6 +26,7 @@ from octofold.train.models.config import ModelConfig
 from octofold.train.models.decoder import Decoder
 from octofold.train.models.init import initialise
 from octofold.train.models.registry import load_architecture
+from octofold.train.models.stages import Stages
 from octofold.train.optim.adamw import build_adamw
 from octofold.train.optim.schedule import learning_rate
 from octofold.train.precision.apply import (
@@ -37,6 +41,7 @@ from octofold.train.precision.apply import (
 from octofold.train.precision.config import FP8, LossScaleConfig, PrecisionConfig
 from octofold.train.precision.loss_scale import LossScaler
 from octofold.train.precision.policy import plan_rows, recipe_for, require_arithmetic, require_whole_tiles
+from octofold.train.precision.watch import Watch
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "fp64": torch.float64, **dict.fromkeys(["bf16", *FP8], torch.bfloat16)}
 """By precision: what weights are gathered in, and all that is not in FP8 is computed in."""
@@ -44,11 +49,27 @@ VOCABULARY_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
+class Names:
+    """Of the whole model, where a rank has a part of it."""
+
+    parameters: tuple[str, ...]
+    modules: tuple[str, ...]
+    """Those that may be in FP8."""
+    delayed: tuple[str, ...]
+    """Of `modules` those in FP8 with scales of past steps."""
+    gates: tuple[int, ...]
+    """Numbers of the layers with experts."""
+
+
+@dataclass(frozen=True)
 class BuiltModel:
     """A model split over its ranks, with what the start-up table says of it."""
 
-    model: Decoder
+    model: Decoder | Stages
     """Parameters on the meta device until `materialise`."""
+    pipeline: Pipeline | None
+    """What runs `Stages`."""
+    names: Names
     meshes: Meshes
     choices: list[Choice]
     count: ParameterCount
@@ -95,28 +116,62 @@ def draft_model(config: RunConfig, device: torch.device, tokenizer_size: int, *,
     plan = model.plan()
     require_whole_tiles(model, plan, config.precision, config.parallel.tensor)
     count = count_parameters(model, plan, shape.num_experts_per_tok / shape.n_routed_experts)
-    meshes = build_meshes(config.parallel, device.type)
-    apply_plan(
-        model,
-        plan,
-        meshes,
-        config.parallel,
-        make_route=partial(build_route, config.parallel, device=device),
-        compute_dtype=compute_dtype,
-        master_dtype=master_dtype,
+    names = Names(
+        parameters=tuple(name for name, _ in model.named_parameters()),
+        modules=tuple(name for name, _, _ in slots(model)),
+        delayed=tuple(name for name, state in fp8_states(model).items() if state.recipe.delayed),
+        gates=tuple(model.gates()),
     )
-    apply_transport(model, config.precision)
+    meshes = build_meshes(config.parallel, device.type)
+    here: Decoder | Stages = model if config.parallel.pipeline == 1 else stages_of(model, config.parallel, meshes)
+    for part in [here] if isinstance(here, Decoder) else here.by_number.values():
+        apply_plan(
+            part,
+            part.plan(),
+            meshes,
+            config.parallel,
+            make_route=partial(build_route, config.parallel, device=device),
+            compute_dtype=compute_dtype,
+            master_dtype=master_dtype,
+        )
+    apply_transport(here, config.precision)
+    pipeline = build_pipeline(here, config, meshes, compute_dtype, device) if isinstance(here, Stages) else None
     moments = config.optim.moments if training else None
     need = memory_need(
-        model,
-        plan,
+        here,
+        here.plan(),
         config.parallel,
         compute_dtype,
         moments=moments,
         micro_batches=micro_batches(config.train, config.parallel),
-        kept_copies=kept_copies(model),
+        kept_copies=kept_copies(here),
     )
-    return BuiltModel(model, meshes, choices, count, need)
+    return BuiltModel(here, pipeline, names, meshes, choices, count, need)
+
+
+def stages_of(model: Decoder, parallel: ParallelConfig, meshes: Meshes) -> Stages:
+    """The stages of an unsplit model that stand on this rank."""
+    parts = split_layers(parallel, model.config.num_hidden_layers, model.config.num_nextn_predict_layers)
+    ranks, own = rank_of_stage(parallel), meshes.rank("pipeline")
+    return Stages({number: model.stage(part) for number, part in enumerate(parts) if ranks[number] == own})
+
+
+def build_pipeline(
+    stages: Stages, config: RunConfig, meshes: Meshes, compute_dtype: torch.dtype, device: torch.device
+) -> Pipeline:
+    """What runs the stages of this rank, split by `apply_plan`, together with those of other ranks."""
+    train, parallel, shape = config.train, config.parallel, stages.config
+    positions = config.data.sequence_length // (parallel.context * parallel.tensor)
+    stream_shape = (train.micro_batch_size, positions, shape.hidden_size)
+    return Pipeline(
+        stages.by_number,
+        parallel,
+        meshes.dense["pipeline"].get_group(),
+        micro_batches=micro_batches(train, parallel),
+        stream_BPD=torch.empty(stream_shape, dtype=compute_dtype, device="meta"),
+        outputs=1 + shape.num_nextn_predict_layers,
+        device=device,
+    )
 
 
 def fp8_workload(plain: Workload, precision: PrecisionConfig, modules: list[str]) -> Workload:
@@ -184,14 +239,25 @@ def rank_memory_bytes(backend: Backend, info: RankInfo) -> int:
 
 
 def build_engine(
-    model: Decoder,
+    model: Decoder | Stages,
     optim: OptimConfig,
     total_updates: int,
     loss_scale: LossScaleConfig | None = None,
     parallel: ParallelConfig | None = None,
+    *,
+    built: BuiltModel | None = None,
 ) -> NativeEngine:
-    """The engine with its optimiser, schedule, loss scale (None: no scaling) and communication (None: the default)."""
-    optimizer = build_adamw(model, optim)
+    """The engine with its optimiser, schedule, loss scale (None: no scaling) and communication (None: the default).
+
+    Args:
+        built: that `model` belongs to, where it is a part of a model.
+    """
+    optimizer = build_adamw(model, optim, None if built is None else built.names.parameters)
+    ends = None
+    if isinstance(model, Stages):
+        assert built is not None
+        assert built.pipeline is not None
+        ends = SharedEnds(*model.ends(), built.pipeline.group, built.pipeline.ranks[-1])
     optimizer.register_step_post_hook(lambda *_: forget_weights(model))
     return NativeEngine(
         model,
@@ -200,14 +266,21 @@ def build_engine(
         clip_norm=optim.clip_norm,
         learning_rate=lambda update: learning_rate(optim, update, total_updates),
         parallel=parallel,
+        ends=ends,
     )
+
+
+def build_watch(precision: PrecisionConfig, built: BuiltModel, device: torch.device) -> Watch:
+    """The watch over all of the model's FP8 modules, of which this rank may have some."""
+    names = [name for name in built.names.modules if recipe_for(precision, name) is not None]
+    return Watch(fp8_states(built.model), precision.watch_every, device, names)
 
 
 def build_utilisation(config: RunConfig, built: BuiltModel, backend: Backend, info: RankInfo) -> Utilisation:
     """A rank's share of a step's operations, and the peaks of its device."""
     # Emulated and stored FP8 is multiplied in BF16.
     native = config.precision.arithmetic == "native"
-    fp8 = set(fp8_states(built.model)) if native else set()
+    fp8 = {name for name in built.names.modules if native and recipe_for(config.precision, name) is not None}
     plain = "bf16" if config.precision.name in FP8 else config.precision.name
     length = config.data.sequence_length
     tokens = config.train.global_batch_size * length / info.world_size
@@ -234,7 +307,7 @@ def startup_sections(
     compute_dtype = COMPUTE_DTYPES[config.precision.name]
     bf16 = "native" if capabilities.bf16 else "emulated by the library: slow"
     arithmetic = f" (BF16 products on this device: {bf16})" if compute_dtype == torch.bfloat16 else ""
-    modules = [name for name, _, _ in slots(built.model)]
+    modules = list(built.names.modules)
     kernels: dict[str, object] = {}
     for choice in built.choices:
         reasons = "".join(f"; not {name}: {reason}" for name, reason in choice.rejected.items())
@@ -245,7 +318,7 @@ def startup_sections(
             "parameters": built.count.total,
             "active a token": built.count.active,
             "multi-token prediction": f"{built.count.mtp:,} parameters more" if built.count.mtp else "none",
-            "layers": f"{shape.num_hidden_layers} ({len(built.model.gates())} with experts)",
+            "layers": f"{shape.num_hidden_layers} ({len(built.names.gates)} with experts)",
             "experts": f"{shape.n_routed_experts} routed, {shape.num_experts_per_tok} a token, "
             f"{shape.n_shared_experts} shared",
             "vocabulary": shape.vocab_size,
@@ -254,6 +327,7 @@ def startup_sections(
             "ranks": f"{info.world_size} ({backend.collective_library})",
             **{name: getattr(degrees, name) for name in DENSE_DEGREES if getattr(degrees, name) > 1},
             "expert": f"{degrees.expert} (x expert_data {degrees.expert_data})",
+            **_pipeline_row(degrees, shape),
         },
         "device": {
             "backend": backend.name,
@@ -283,3 +357,11 @@ def startup_sections(
         },
         "run": {"folder": str(run_dir), "seed": train.seed},
     }
+
+
+def _pipeline_row(degrees: ParallelConfig, shape: ModelConfig) -> dict[str, object]:
+    if degrees.pipeline == 1:
+        return {}
+    parts = split_layers(degrees, shape.num_hidden_layers, shape.num_nextn_predict_layers)
+    layers = " + ".join(str(len(part.layers)) for part in parts)
+    return {"pipeline stages": f"{degrees.pipeline_schedule}, {layers} layers"}

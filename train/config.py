@@ -7,6 +7,7 @@ from octofold.backends.config import check as check_backend
 from octofold.backends.errors import ConfigError, check_finite, unknown_name_error
 from octofold.kernels.config import KernelsConfig
 from octofold.parallel.config import ParallelConfig, resolve
+from octofold.parallel.pipeline_split import check_pipeline
 from octofold.train.data.config import DataConfig
 from octofold.train.data.config import check as check_data
 from octofold.train.models.config import ModelConfig
@@ -133,6 +134,9 @@ def validate(config: RunConfig, world_size: int) -> RunConfig:
     _check_experts(config)
     _check_length(config)
     _check_tensor(config)
+    train, parallel = config.train, config.parallel
+    micro_batches = train.global_batch_size // (train.micro_batch_size * parallel.data)
+    check_pipeline(parallel, config.model.num_hidden_layers, micro_batches)
     return config
 
 

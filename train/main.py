@@ -11,6 +11,7 @@ from octofold.backends.registry import resolve
 from octofold.train.build import (
     build_engine,
     build_utilisation,
+    build_watch,
     draft_fitting,
     materialise,
     model_config,
@@ -21,8 +22,6 @@ from octofold.train.config import RunConfig
 from octofold.train.console import Console
 from octofold.train.data.build import build_data
 from octofold.train.metrics import MetricsWriter
-from octofold.train.precision.apply import fp8_states
-from octofold.train.precision.watch import Watch
 from octofold.train.stop import StopSignals
 from octofold.train.trainer import Trainer
 
@@ -85,9 +84,16 @@ def build_trainer(config: RunConfig, run_dir: Path, backend: Backend, info: Rank
     trainer = Trainer(
         config,
         model=built.model,
+        pipeline=built.pipeline,
+        names=built.names,
         meshes=built.meshes,
         engine=build_engine(
-            built.model, config.optim, config.train.steps, config.precision.loss_scale, config.parallel
+            built.model,
+            config.optim,
+            config.train.steps,
+            config.precision.loss_scale,
+            config.parallel,
+            built=built,
         ),
         data=data,
         loader=data.loader(
@@ -97,7 +103,7 @@ def build_trainer(config: RunConfig, run_dir: Path, backend: Backend, info: Rank
             data_ranks=config.parallel.data,
         ),
         checkpointer=Checkpointer(run_dir, config.checkpoint, device),
-        watch=Watch(fp8_states(built.model), config.precision.watch_every, device),
+        watch=build_watch(config.precision, built, device),
         utilisation=build_utilisation(config, built, backend, info),
         console=console,
         metrics=None,

@@ -13,6 +13,7 @@ from octofold.backends.process_group import RankInfo, joined
 from octofold.backends.registry import resolve
 from octofold.parallel.config import ParallelConfig
 from octofold.parallel.config import resolve as resolve_degrees
+from octofold.parallel.pipeline import Pipeline
 from octofold.train.build import COMPUTE_DTYPES, draft_fitting, materialise, rank_memory_bytes
 from octofold.train.checkpoint.manager import Checkpointer, find
 from octofold.train.config import RunConfig
@@ -20,15 +21,20 @@ from octofold.train.data.tokenizer import Tokenizer, load_saved_tokenizer
 from octofold.train.engines.native import model_tensors
 from octofold.train.models.attention import LatentCache
 from octofold.train.models.decoder import Decoder
+from octofold.train.models.stages import Stages
 from octofold.train.precision.policy import lacking_arithmetic
+
+NOT_FINITE = -1
+"""In place of a token, that the logits are not finite; told to every rank, so that none waits for it."""
 
 
 @torch.no_grad()
 def generate(
-    model: Decoder,
+    model: Decoder | Stages,
     tokenizer: Tokenizer,
     prompt: str,
     *,
+    pipeline: Pipeline | None = None,
     tokens: int,
     context: int,
     temperature: float,
@@ -44,6 +50,7 @@ def generate(
     continued = generate_ids(
         model,
         ids,
+        pipeline=pipeline,
         tokens=tokens,
         context=context,
         vocab_size=tokenizer.vocab_size,
@@ -59,9 +66,10 @@ def generate(
 
 @torch.no_grad()
 def generate_ids(
-    model: Decoder,
+    model: Decoder | Stages,
     ids: Sequence[int],
     *,
+    pipeline: Pipeline | None = None,
     tokens: int,
     context: int,
     vocab_size: int,
@@ -78,6 +86,7 @@ def generate_ids(
     Collective: every rank passes the same arguments and draws the same tokens. Leaves the model in evaluation mode.
 
     Args:
+        pipeline: runs the model where it stands on several ranks.
         context: the model sees at most this many tokens back, and no more are cached; at least 1.
         vocab_size: ids from here on are never drawn (rows of the head that only pad it).
         temperature: 0 takes the likeliest token.
@@ -89,15 +98,29 @@ def generate_ids(
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     ids, prompt = list(ids), len(ids)
-    cache, unread = None, ids[-context:]
+    length, unread, caches = None, ids[-context:], dict[int, LatentCache]()
     for _ in range(tokens):
-        if cache is None or cache.length + len(unread) > context:
-            unread = ids[-context:] if cache is None else ids[-max(context // 2, 1) :]
-            cache = LatentCache(model.config.num_hidden_layers, capacity=context)
+        if length is None or length + len(unread) > context:
+            unread = ids[-context:] if length is None else ids[-max(context // 2, 1) :]
+            # One for each stage of a pipeline that is here.
+            numbers = [0] if pipeline is None else list(pipeline.stages)
+            caches = {number: LatentCache(model.config.num_hidden_layers, capacity=context) for number in numbers}
+            length = 0
         tokens_1S = torch.tensor([unread], device=device)
-        positions_1S = torch.arange(cache.length, cache.length + len(unread), device=device)[None]
-        logits_V = model(tokens_1S, positions_1S, cache=cache)[0, -1, :vocab_size]
-        chosen = _agree(_draw(logits_V.double().cpu(), temperature, top_k, generator), device)
+        positions_1S = torch.arange(length, length + len(unread), device=device)[None]
+        if pipeline is None:
+            logits_1SV = model(tokens_1S, positions_1S, cache=caches[0])
+        else:
+            logits_1SV = pipeline.forward(tokens_1S, caches, positions_BQ=positions_1S)
+        length += len(unread)
+        drawn = NOT_FINITE  # of a rank that does not know the logits
+        if logits_1SV is not None:
+            drawn = _draw(logits_1SV[0, -1, :vocab_size].double().cpu(), temperature, top_k, generator)
+        chosen = _agree(drawn, device, 0 if pipeline is None else pipeline.speaker)
+        if chosen == NOT_FINITE:
+            raise UserError(
+                "the model's logits are not finite\n  remedy: sample from an earlier checkpoint (RUN/checkpoints)"
+            )
         if chosen == eos_id:
             break
         ids.append(chosen)
@@ -107,9 +130,7 @@ def generate_ids(
 
 def _draw(logits_V: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
     if not torch.isfinite(logits_V).all():
-        raise UserError(
-            "the model's logits are not finite\n  remedy: sample from an earlier checkpoint (RUN/checkpoints)"
-        )
+        return NOT_FINITE
     kept = 1 if temperature == 0 else min(top_k or len(logits_V), len(logits_V))
     logits_K, ids_K = logits_V.topk(kept)
     if kept == 1:
@@ -117,12 +138,12 @@ def _draw(logits_V: torch.Tensor, temperature: float, top_k: int, generator: tor
     return int(ids_K[torch.multinomial(torch.softmax(logits_K / temperature, dim=-1), 1, generator=generator)])
 
 
-def _agree(token: int, device: torch.device) -> int:
-    """Rank 0's token: logits may round differently between ranks, and ranks that end apart would wait for ever."""
+def _agree(token: int, device: torch.device, source: int) -> int:
+    """The token of rank `source`, for all: logits may round differently, and ranks that end apart wait for ever."""
     if dist.get_world_size() == 1:
         return token
     agreed = torch.tensor([token], device=device)
-    dist.broadcast(agreed, src=0)
+    dist.broadcast(agreed, src=source)
     return int(agreed)
 
 

@@ -13,8 +13,10 @@ from octofold.backends.collectives import all_reduce_sum
 from octofold.backends.errors import UserError
 from octofold.parallel.balance import gather_loads, load_metrics, update_biases
 from octofold.parallel.mesh import Meshes
-from octofold.parallel.sequence import positions_of
+from octofold.parallel.pipeline import Pipeline
 from octofold.parallel.transport import COUNTED, PURPOSES
+from octofold.train.accumulate import Accumulation
+from octofold.train.build import Names
 from octofold.train.checkpoint.manager import Checkpointer
 from octofold.train.config import RunConfig
 from octofold.train.console import Console, RunProgress
@@ -26,11 +28,11 @@ from octofold.train.data.stream import StreamLoader
 from octofold.train.engines.native import NativeEngine, StepResult
 from octofold.train.evaluate import evaluate
 from octofold.train.flops import Utilisation
-from octofold.train.loss import summed_cross_entropy, valid_tokens
 from octofold.train.metrics import MetricsWriter
 from octofold.train.models.balance import LOSSES
 from octofold.train.models.decoder import Decoder
 from octofold.train.models.gate import take_loss_sums
+from octofold.train.models.stages import Stages
 from octofold.train.precision.apply import forget_weights, roll_histories, set_loss_scale, take_traffic
 from octofold.train.precision.watch import Health, Watch
 from octofold.train.sampling import generate
@@ -69,7 +71,9 @@ class Trainer:
         self,
         config: RunConfig,
         *,
-        model: Decoder,
+        model: Decoder | Stages,
+        pipeline: Pipeline | None,
+        names: Names,
         meshes: Meshes,
         engine: NativeEngine,
         data: Data,
@@ -83,12 +87,21 @@ class Trainer:
         device: torch.device,
     ) -> None:
         """`metrics` is for rank 0 alone."""
-        self.meshes = meshes
+        self.meshes, self.names, self.pipeline = meshes, names, pipeline
         self.config, self.model, self.engine, self.data, self.loader = config, model, engine, data, loader
         self.watch, self.utilisation = watch, utilisation
         self.checkpointer, self.console, self.metrics = checkpointer, console, metrics
         self.rank, self.device = rank, device
         self.gates = model.gates()
+        self.accumulation = Accumulation(
+            model,
+            engine,
+            meshes,
+            pipeline,
+            device,
+            mask_documents=config.data.mask_documents,
+            depths=config.model.num_nextn_predict_layers,
+        )
         self.progress = Progress()
         self.saved_step: int | None = None
         self.last_checkpoint: Path | None = None
@@ -118,17 +131,13 @@ class Trainer:
     def step(self, stop: StopSignals, bar: RunProgress) -> bool:
         """One attempted update; False: some rank has been asked to stop."""
         batches = self.loader.next_step()
-        labels_NJ = [[labels_BS for _, labels_BS in self._targets(batch)] for batch in batches]
-        counted_J = torch.tensor([[valid_tokens(labels) for labels in labels_J] for labels_J in labels_NJ]).sum(0)
-        # Ranks that share sequences read the same labels: one of them counts.
-        counts = self.meshes.speaks and self.meshes.rank("context") == 0
-        tokens_J = all_reduce_sum(counted_J.to(self.device) * counts)
+        tokens_J = self.accumulation.count(batches)
         schedule = self._schedule()
         self.watch.begin(self.progress.step + 1)
         shares_J = self._accumulate(batches, tokens_J, schedule)
         self._health = self.watch.collect() or self._health
         result = self.engine.step()
-        roll_histories(self.model)
+        roll_histories(self.model, self.names.delayed)
         loads_GE = self._balance(result, schedule)
         self.progress.step += 1
         self.progress.tokens_seen += int(tokens_J[0])
@@ -142,12 +151,6 @@ class Trainer:
         self._report(bar, losses, result, loads_GE, int(tokens_J[0]))
         return not wishes.any()
 
-    def _targets(self, batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(tokens, labels) of the model, then of each depth of multi-token prediction."""
-        mask, depths = self.config.data.mask_documents, self.config.model.num_nextn_predict_layers
-        deeper = [batch.ahead(depth, mask_documents=mask) for depth in range(1, depths + 1)]
-        return [(batch.tokens_BS, batch.labels_BS), *deeper]
-
     def _schedule(self) -> Schedule:
         """What holds for the next update."""
         model, done = self.config.model, self.engine.updates / self.config.train.steps
@@ -160,36 +163,19 @@ class Trainer:
         """Gradients of this rank's share of the global mean losses; returns those shares, FP64 [J]."""
         set_loss_scale(self.model, self.engine.scaler.scale)
         take_traffic(self.model)  # an evaluation's do not count
-        shares_J = torch.zeros(len(tokens_J), dtype=torch.float64, device=self.device)
-        depths = len(tokens_J) - 1
         for gate in self.gates.values():
             gate.loss_scale.fill_(self.engine.scaler.scale / self.config.train.global_batch_size)
-        for number, batch in enumerate(batches, start=1):
-            batch = batch.to(self.device)
-            documents = batch.doc_ids_BS if self.config.data.mask_documents else None
-            # Of whole sequences, and only then of the positions that this rank holds.
-            tokens, labels = zip(*((self._own(x), self._own(y)) for x, y in self._targets(batch)), strict=True)
-            logits = self.model(tokens[0], self._own(batch.positions_BS), documents, ahead=tokens[1:])
-            vocabulary = self.meshes.dense["tensor"].get_group()
-            sums_J = torch.stack([summed_cross_entropy(x, y, vocabulary) for x, y in zip(logits, labels, strict=True)])
-            losses_J = sums_J / tokens_J.clamp(min=1)
-            loss = losses_J[0] + schedule.mtp_weight / max(depths, 1) * losses_J[1:].sum()
-            self.engine.backward(loss, last=number == len(batches))
-            shares_J += losses_J.detach()
-        # Ranks that hold the same positions have computed the same.
-        return shares_J * self.meshes.speaks
-
-    def _own(self, x_BS: torch.Tensor) -> torch.Tensor:
-        """The positions that this rank holds, [B, Q]."""
-        return positions_of(x_BS, self.meshes.rank("context"), self.meshes.size("context"))
+        return self.accumulation.run(batches, tokens_J, schedule.mtp_weight)
 
     def _balance(self, result: StepResult, schedule: Schedule) -> torch.Tensor | None:
         """Sum the loads of all ranks; move the biases after an applied update."""
-        if not self.gates:
+        if not self.names.gates:
             return None
-        gates = self.gates.values()
-        loads_GE = gather_loads([gate.load_E for gate in gates])
-        biases = {g: gate.e_score_correction_bias for g, gate in enumerate(gates)}
+        # Layers of other stages have been used elsewhere.
+        elsewhere = torch.zeros(self.config.model.n_routed_experts, dtype=torch.int64, device=self.device)
+        loads = [self.gates[layer].load_E if layer in self.gates else elsewhere for layer in self.names.gates]
+        loads_GE = gather_loads(loads)
+        biases = {self.names.gates.index(layer): gate.e_score_correction_bias for layer, gate in self.gates.items()}
         biased = {g: bias for g, bias in biases.items() if bias is not None}
         if result.applied and biased:
             update_biases(list(biased.values()), loads_GE[list(biased)], schedule.bias_update_rate)
@@ -203,7 +189,7 @@ class Trainer:
         balance, sequences = self.config.model.balance, self.config.train.global_batch_size
         for name, summed in zip(LOSSES, balance_sums, strict=True):
             if getattr(balance, f"{name}_loss"):
-                named[f"{name}_loss"] = summed / sequences / len(self.gates)
+                named[f"{name}_loss"] = summed / sequences / len(self.names.gates)
         return named
 
     def _report(
@@ -286,7 +272,7 @@ class Trainer:
 
     def _load_metrics(self, loads_GE: torch.Tensor) -> dict[str, Any]:
         """The loads as the metrics name them: of the worst layer, of all layers, and layer by layer."""
-        layers, metrics = [str(layer) for layer in self.gates], load_metrics(loads_GE)
+        layers, metrics = [str(layer) for layer in self.names.gates], load_metrics(loads_GE)
         shares_GE = loads_GE / loads_GE.sum(1, keepdim=True)
         return {
             "imbalance": float(metrics["imbalance"].max()),
@@ -308,7 +294,9 @@ class Trainer:
         )
         began_s = time.monotonic()
         mask = self.config.data.mask_documents
-        loss, tokens = evaluate(self.model, batches, self.meshes, mask_documents=mask, device=self.device)
+        loss, tokens = evaluate(
+            self.model, batches, self.meshes, pipeline=self.pipeline, mask_documents=mask, device=self.device
+        )
         record = {
             "kind": "validation",
             "step": self.progress.step,
@@ -333,6 +321,7 @@ class Trainer:
                 self.model,
                 self.data.tokenizer,
                 self.config.train.sample_prompt,
+                pipeline=self.pipeline,
                 tokens=self.config.train.sample_tokens,
                 context=self.config.data.sequence_length,
                 temperature=0.7,

@@ -14,6 +14,7 @@ from octofold.kernels.fp8 import HISTORY
 from octofold.parallel.config import ParallelConfig
 from octofold.parallel.data import begin_backward
 from octofold.parallel.norm import global_norm
+from octofold.parallel.pipeline_ends import SharedEnds
 from octofold.train.precision.loss_scale import LossScaler
 
 
@@ -46,14 +47,20 @@ class StepResult:
     """What the loss was multiplied by, and the gradients divided by."""
 
 
-def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def model_tensors(model: nn.Module, *, without: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers under the names a checkpoint gives them.
 
     `model.…` for what makes up the model (expert biases too), `precision.…` for the state of FP8 recipes.
+
+    Args:
+        without: a parameter that another one of the same name stands for.
     """
-    saved = model.state_dict().keys()  # less the buffers that are not kept
     # Each parameter once: a tied head has no name of its own here.
-    named = [*model.named_parameters(), *((name, buffer) for name, buffer in model.named_buffers() if name in saved)]
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter is not without]
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                named.append((name, buffer))
     return {f"{'precision' if name.endswith(HISTORY) else 'model'}.{name}": tensor.detach() for name, tensor in named}
 
 
@@ -69,15 +76,19 @@ class NativeEngine:
         clip_norm: float,
         learning_rate: Callable[[int], float],
         parallel: ParallelConfig | None = None,
+        ends: SharedEnds | None = None,
     ) -> None:
         """
         Args:
             clip_norm: bound of the global gradient norm; 0 switches clipping off.
             learning_rate: the rate of the update after so many applied ones.
             parallel: what each micro-batch communicates (parallel/data.py); None: as by default.
+            ends: the parameter of which the last stage of a pipeline has a copy.
         """
         self.model, self.optimizer, self.scaler, self.parallel = model, optimizer, scaler, parallel or ParallelConfig()
         self.clip_norm, self.learning_rate = clip_norm, learning_rate
+        self.ends = ends
+        self._copied = None if ends is None else ends.copied
         self.updates = 0
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
@@ -94,9 +105,11 @@ class NativeEngine:
 
         The norm is one sum over the world, so a gradient that is not finite on one rank skips the update on all.
         """
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if self.ends is not None:
+            self.ends.sum_gradients()
+        gradients = {p: p.grad for p in self.model.parameters() if p.grad is not None}
         scale = self.scaler.scale
-        grad_norm = float(global_norm(gradients)) / scale
+        grad_norm = float(global_norm(grad for p, grad in gradients.items() if p is not self._copied)) / scale
         lr = self.learning_rate(self.updates)
         applied = math.isfinite(grad_norm)
         if applied:
@@ -104,7 +117,7 @@ class NativeEngine:
             # One multiplication does both: a gradient in BF16 is rounded once.
             factor = (bound / grad_norm if grad_norm > bound else 1.0) / scale
             if factor != 1:
-                for gradient in gradients:
+                for gradient in gradients.values():
                     gradient.mul_(factor)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -124,8 +137,10 @@ class NativeEngine:
         Moments that do not exist yet are made (zero), so that a checkpoint can be read into them; they are to be
         filled before the next step.
         """
-        named = model_tensors(self.model)
+        named = model_tensors(self.model, without=self._copied)
         for name, parameter in self.model.named_parameters():
+            if parameter is self._copied:
+                continue
             for moment, tensor in self.optimizer.moments(parameter).items():
                 named[f"optim.{name}.{moment}"] = tensor
         return named
@@ -137,7 +152,12 @@ class NativeEngine:
             loss_scale: the state of the scaler; None where a checkpoint has none: it begins as configured.
         """
         self.updates = updates
+        if self.ends is not None:
+            self.ends.follow(self._with_moments(self.ends.original), self._with_moments(self.ends.copied))
         for state in self.optimizer.state.values():
             state["step"].fill_(updates)
         if loss_scale is not None:
             self.scaler.load_state_dict(loss_scale)
+
+    def _with_moments(self, parameter: torch.Tensor | None) -> list[torch.Tensor]:
+        return [] if parameter is None else [parameter, *self.optimizer.moments(parameter).values()]

@@ -111,10 +111,14 @@ class Decoder(nn.Module):
         return stage
 
     @property
+    def embedding_has_a_copy(self) -> bool:
+        """Whether the last of several stages holds a copy of the embedding."""
+        return bool(self.config.num_nextn_predict_layers) or self.config.tie_word_embeddings
+
+    @property
     def copies_embedding(self) -> bool:
-        """Whether the embedding here is a copy; its original is the first stage's."""
-        wanted = bool(self.config.num_nextn_predict_layers) or self.config.tie_word_embeddings
-        return wanted and self.part.last and not self.part.first
+        """Whether the embedding here is that copy; its original is the first stage's."""
+        return self.embedding_has_a_copy and self.part.last and not self.part.first
 
     def embed(self, tokens_BQ: torch.Tensor) -> torch.Tensor:
         """Embeddings, [B, P, D]. A model with further inputs overrides this."""

@@ -1,5 +1,6 @@
 """AdamW over sharded master weights, with the parameter groups that language models use."""
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -15,16 +16,17 @@ def decays(name: str, no_decay: list[str]) -> bool:
     return not any(fnmatchcase(name, pattern) for pattern in no_decay)
 
 
-def build_adamw(model: nn.Module, optim: OptimConfig) -> AdamW:
+def build_adamw(model: nn.Module, optim: OptimConfig, names: Sequence[str] | None = None) -> AdamW:
     """One parameter group for each (mesh, decay): torch's fused step takes one mesh at a time.
 
     Args:
         optim: `moments` chooses what the moments are kept in.
+        names: of the whole model's parameters, where `model` has some of them only.
 
     Raises:
         ConfigError: a pattern of `optim.no_decay` matches no parameter.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names = names or [name for name, _ in model.named_parameters()]
     for pattern in optim.no_decay:
         if all(decays(name, [pattern]) for name in names):
             rule = "every pattern matches some parameter, else it would silently do nothing"

@@ -1,13 +1,13 @@
 """Puts the precision policy on a model: FP8 states into the slots that its modules have, formats on what travels."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from octofold.backends.errors import ConfigError
-from octofold.kernels.fp8 import Fp8State
+from octofold.kernels.fp8 import TENSOR_KINDS, Fp8State
 from octofold.kernels.registry import Kernels
 from octofold.parallel.expert import ExchangedExperts
 from octofold.parallel.transport import COUNTED
@@ -103,20 +103,25 @@ def forget_weights(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def roll_histories(model: nn.Module) -> None:
+def roll_histories(model: nn.Module, names: Sequence[str] | None = None) -> None:
     """Delayed scaling: the largest magnitudes of this step, over all ranks, become the newest of the history.
 
-    Collective over the default group where the recipe is delayed, which is alike on all ranks. A magnitude that is not
+    Collective over the default group where some recipe is delayed, which is alike on all ranks. A magnitude that is not
     finite (a batch that is skipped) is not remembered.
+
+    Args:
+        names: of all modules of the whole model whose recipe is delayed; None: they are all on this rank.
     """
-    delayed = [state for state in fp8_states(model).values() if state.recipe.delayed]
-    if not delayed:
+    delayed = {name: state for name, state in fp8_states(model).items() if state.recipe.delayed}
+    rows = {name: row for row, name in enumerate(delayed if names is None else names)}
+    if not rows:
         return
-    amax_SK = torch.stack([state.amax_K for state in delayed])
-    amax_SK = torch.where(torch.isfinite(amax_SK), amax_SK, 0.0)
+    amax_SK = torch.zeros(len(rows), len(TENSOR_KINDS), device=next(model.parameters()).device)
+    for name, state in delayed.items():
+        amax_SK[rows[name]] = torch.where(torch.isfinite(state.amax_K), state.amax_K, 0.0)
     dist.all_reduce(amax_SK, op=dist.ReduceOp.MAX)
-    for state, amax_K in zip(delayed, amax_SK, strict=True):
-        state.remember(amax_K)
+    for name, state in delayed.items():
+        state.remember(amax_SK[rows[name]])
 
 
 def take_traffic(model: nn.Module) -> torch.Tensor:

@@ -7,7 +7,7 @@ weighted by how many rows each stands for, so that a sampled step costs a fracti
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -30,27 +30,32 @@ Health = dict[str, dict[str, dict[str, float]]]
 class Watch:
     """Samples the health of the tensors that FP8 modules quantise. Collective: every rank samples the same steps."""
 
-    def __init__(self, states: Mapping[str, Fp8State], every: int, device: torch.device) -> None:
+    def __init__(
+        self, states: Mapping[str, Fp8State], every: int, device: torch.device, names: Sequence[str] | None = None
+    ) -> None:
         """
         Args:
-            states: name -> state of every FP8 module, the same names in the same order on every rank.
+            states: name -> state of every FP8 module of this rank.
+            names: of every FP8 module of the model, alike on every rank; None: they are all on this rank.
             every: steps between samples; 0: none.
             device: where sums are kept.
         """
         self._states, self._every, self._device = dict(states), every, device
+        self._names = list(states if names is None else names)
         self._sampling = False
         self._sums: torch.Tensor
         self._maxima: torch.Tensor
 
     def begin(self, step: int) -> None:
         """Before the first forward pass of a step: watch it if it is a multiple of `every`."""
-        self._sampling = bool(self._states) and self._every > 0 and step % self._every == 0
+        self._sampling = bool(self._names) and self._every > 0 and step % self._every == 0
         if not self._sampling:
             return
-        shape = (len(self._states), len(TENSOR_KINDS))
+        shape = (len(self._names), len(TENSOR_KINDS))
         self._sums = torch.zeros(*shape, len(SUMS), dtype=torch.float64, device=self._device)
         self._maxima = torch.full((*shape, len(MAXIMA)), -math.inf, device=self._device)
-        for number, state in enumerate(self._states.values()):
+        for name, state in self._states.items():
+            number = self._names.index(name)
             state.observer = _ModuleWatch(self._sums[number], self._maxima[number])
             # Weights kept from an evaluation would otherwise not be quantised, and not be seen.
             state.forget()
@@ -70,7 +75,7 @@ class Watch:
         dist.all_reduce(self._maxima, op=dist.ReduceOp.MAX)
         sums_MKS, maxima_MKX = self._sums.tolist(), self._maxima.tolist()
         health: Health = {kind: {} for kind in TENSOR_KINDS}
-        for module, of_kinds in zip(self._states, zip(sums_MKS, maxima_MKX, strict=True), strict=True):
+        for module, of_kinds in zip(self._names, zip(sums_MKS, maxima_MKX, strict=True), strict=True):
             for kind, sums_S, maxima_X in zip(TENSOR_KINDS, *of_kinds, strict=True):
                 if maxima_X[0] > -math.inf:
                     health[kind][module] = _metrics(

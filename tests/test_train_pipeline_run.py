@@ -1,0 +1,87 @@
+"""Whole runs of a tiny model through pipelines: every schedule computes what one rank computes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import run_tasks
+from run_configs import tiny_run, write_corpus
+from test_train_run import assert_equal_runs
+
+from octofold.parallel.local_ranks import LocalRanks
+from octofold.parallel.pipeline_split import SCHEDULES
+from octofold.train.models.config import BalanceConfig
+
+Ranks = Callable[[int], LocalRanks]
+MTP: dict[str, Any] = {"num_nextn_predict_layers": 1}
+TIED: dict[str, Any] = {**MTP, "tie_word_embeddings": True}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("runs"))
+
+
+def groups_of(model: dict[str, Any], micro: int, parallel: dict[str, Any]) -> dict[str, Any]:
+    balance = {"sequence_loss": 0.01, "z_loss": 0.01}
+    return {
+        "model": {"balance": BalanceConfig(**balance), **model},
+        "parallel": parallel,
+        "train": {"micro_batch_size": micro},
+        "data": {"mask_documents": True},
+    }
+
+
+@pytest.fixture(scope="module")
+def run_alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """The same run on one rank in one micro-batch, computed once."""
+    done: dict[str, dict[str, Any]] = {}
+
+    def run(model: dict[str, Any]) -> dict[str, Any]:
+        if str(model) not in done:
+            config = tiny_run(root, **groups_of(model, 8, {}))
+            done[str(model)] = run_tasks.alone(run_tasks.run_with_gradients, config, tmp_path_factory.mktemp("alone"))
+        return done[str(model)]
+
+    return run
+
+
+def joined(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rank 0's records; tensors and gradients of all ranks, of which the same ones must agree."""
+    parts: dict[str, run_tasks.Arrays] = {"tensors": {}, "gradients": {}}
+    for rank in found:
+        for part, arrays in parts.items():
+            for name, array in rank.get(part, {}).items():
+                assert name not in arrays or arrays[name].tobytes() == array.tobytes(), name
+                arrays[name] = array
+    return {**found[0], **parts}
+
+
+@pytest.mark.parametrize("schedule", [name for name, kind in SCHEDULES.items() if not kind.splits_backward])
+def test_a_schedule_equals_one_rank(schedule, root, ranks, run_alone, tmp_path):
+    """Losses, balance losses, gradients, norms, loads of all layers, moments, biases and weights after 3 steps."""
+    expected = run_alone(MTP)
+    config = tiny_run(root, 2, **groups_of(MTP, 2, {"pipeline": 2, "pipeline_schedule": schedule}))
+    found = joined(ranks(2).run(run_tasks.run_with_gradients, config, tmp_path))
+    assert_equal_runs(found, expected, 1e-9)
+    for a, b in zip(found["records"], expected["records"], strict=True):
+        assert a["mtp_losses"] == pytest.approx(b["mtp_losses"], rel=1e-9)
+        assert a["sequence_loss"] == pytest.approx(b["sequence_loss"], rel=1e-6)
+        assert a["balance"].keys() == b["balance"].keys()
+
+
+COMBINED = [
+    pytest.param({"data_shard": 2, "expert": 2}, "1f1b", MTP, id="data and experts"),
+    pytest.param({"tensor": 2}, "1f1b", TIED, id="tensor, tied head"),
+    pytest.param({"context": 2}, "interleaved", MTP, id="context"),
+    pytest.param({"data_replicate": 2, "pipeline_split": [1, 3]}, "gpipe", TIED, id="replicas, uneven, tied head"),
+]
+
+
+@pytest.mark.parametrize(("parallel", "schedule", "model"), COMBINED)
+def test_a_pipeline_with_other_layouts_equals_one_rank(parallel, schedule, model, root, ranks, run_alone, tmp_path):
+    degrees = {"pipeline": 2, "pipeline_schedule": schedule, **parallel}
+    config = tiny_run(root, 4, **groups_of(model, 1, degrees))
+    found = joined(ranks(4).run(run_tasks.run_with_gradients, config, tmp_path))
+    assert_equal_runs(found, run_alone(model), 1e-9)
