@@ -33,6 +33,7 @@ DEFAULT = [
     *_cases(2, "data_shard=2", "data_replicate=2", "expert=2", "tensor=2", "context=2"),
     *_cases(2, "tensor=2 context=2 expert=2", "data_replicate=2 data_shard=2 expert=2"),
     *_cases(2, "expert=4 expert_route=two_stage"),
+    *_cases(1, "data_shard=2 tensor=2 expert=2 recompute=full accumulate=reduced reshard_after_forward=false"),
 ]
 """What the default suite proves; the rest is slow."""
 SINGLE = _cases(1, "data_shard=4", "data_shard=8", "data_replicate=4", "expert=4", "expert=8")
@@ -53,6 +54,10 @@ SEVERAL = [
     *_cases(1, "data_shard=4 tensor=2 expert=8 expert_route=two_stage expert_overlap=false"),
 ]
 """Three to five together."""
+SEVERAL += [
+    Case(f"data_replicate=2 context=2 expert=2 recompute={kind} accumulate=reduced", 1)
+    for kind in ("swiglu", "selective", "full")
+]
 FULL = [*SINGLE, *PAIRS, *SEVERAL]
 MODELS = ("v2", "v3")
 """Tiny DeepSeek-V2, and tiny DeepSeek-V3 with multi-token prediction."""

@@ -26,12 +26,15 @@ DOCUMENTS = 240
 
 
 def smallest_world(parallel: ParallelConfig) -> int:
-    """Ranks of the smallest job with these degrees; an inferred `data_shard` becomes what the experts need at least."""
-    others = prod(getattr(parallel, name) for name in DENSE_DEGREES if name != "data_shard")
-    inner = parallel.context * parallel.tensor
-    experts = parallel.expert * parallel.expert_tensor
-    data_shard = parallel.data_shard if parallel.data_shard != -1 else lcm(experts, inner) // inner
-    return others * data_shard
+    """Ranks of the smallest job with these degrees; an inferred `data_shard` becomes what the experts need at least.
+
+    A degree below 1, which the rules refuse, counts as 1.
+    """
+    degree = {name: max(1, getattr(parallel, name)) for name in (*DENSE_DEGREES, "expert", "expert_tensor")}
+    if parallel.data_shard == -1:
+        inner = degree["context"] * degree["tensor"]
+        degree["data_shard"] = lcm(degree["expert"] * degree["expert_tensor"], inner) // inner
+    return prod(degree[name] for name in DENSE_DEGREES)
 
 
 def shrunk(parallel: ParallelConfig, most: int) -> ParallelConfig:
@@ -65,12 +68,13 @@ def twin(config: RunConfig, folder: Path, *, steps: int, precision: PrecisionCon
     model = small_model(config.model, parallel)
     if model.num_hidden_layers != config.model.num_hidden_layers:
         parallel = replace(parallel, pipeline_split=[])
+    # Sums in BF16 round by design; DeepEP, on GPUs, brings the same rows to the same ranks.
+    route = "auto" if parallel.expert_route == "deepep" else parallel.expert_route
     return replace(
         config,
         resume=None,
         model=model,
-        # DeepEP brings the same rows to the same ranks, on GPUs.
-        parallel=replace(parallel, expert_route="auto") if parallel.expert_route == "deepep" else parallel,
+        parallel=replace(parallel, expert_route=route, reduce_dtype="master"),
         data=_small_data(config.data, parallel, folder),
         precision=precision,
         optim=_small_optim(config.optim, precision),

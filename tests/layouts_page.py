@@ -1,0 +1,244 @@
+"""Writes docs/layouts.md: what can be combined, from what the parity suite proves and what the rules refuse.
+
+python tests/layouts_page.py        rewrites the page
+"""
+
+from functools import cache
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from layout_cases import DEFAULT, FULL, Case
+
+from octofold.backends.errors import ConfigError
+from octofold.launch.compose import apply, compose, parse
+from octofold.launch.verify import VerifyConfig
+from octofold.parallel.config import DENSE_DEGREES, ParallelConfig
+from octofold.train.build import draft_model
+from octofold.train.config import validate
+from octofold.train.layout.prove import FP8_BAR, TOLERANCE
+from octofold.train.layout.twin import smallest_world
+
+PAGE = Path(__file__).parents[1] / "docs" / "layouts.md"
+DEGREES = (*DENSE_DEGREES, "expert", "expert_tensor")
+EXAMPLE = {"pipeline": 1, "data_shard": 2, "context": 2, "tensor": 2, "expert": 4}
+"""Whose ranks are drawn."""
+REFUSED = [
+    "parallel.tensor=0",
+    "parallel.data_shard=3 launch.nproc_per_node=4",
+    "parallel.expert=3 launch.nproc_per_node=4",
+    "parallel.expert=3 train.global_batch_size=6",
+    "parallel.tensor=8",
+    "parallel.context=2 data.sequence_length=30",
+    "parallel.data_shard=3 train.global_batch_size=8",
+    "parallel.expert=2 parallel.expert_route=rings",
+    "parallel.expert=2 parallel.expert_route=two_stage parallel.expert_capacity=1.25",
+    "parallel.expert=2 parallel.expert_tensor=2 parallel.expert_route=deepep",
+    "parallel.recompute=some",
+    "parallel.tensor=2 precision=fp8_block",
+    "parallel.tensor=2 precision=fp8_tensor_current",
+]
+"""Overrides of the tiny DeepSeek-V3, each of which breaks a rule of its own."""
+
+
+CASES = list(dict.fromkeys([*DEFAULT, *FULL]))
+TEMPLATE = """\
+# Layouts
+
+A layout says which ranks hold what. It is an implementation detail: losses, gradients, norm, expert biases and weights
+are those of one rank. This page is written by `tests/layouts_page.py` from the layouts that the parity suite proves
+(`tests/layout_cases.py`) and from what the rules say; a test holds it to both.
+
+## How ranks are numbered
+
+```
+world = pipeline x data_replicate x data_shard x context x tensor       outermost first: tensor ranks are neighbours
+                                    data_shard x context x tensor = expert_data x expert x expert_tensor
+```
+
+| degree | ranks along it |
+|---|---|
+| `pipeline` | hold different layers |
+| `data_replicate` | read different sequences; each replica holds the whole model |
+| `data_shard` | read different sequences and hold shards of each parameter (FSDP2); -1: what others leave |
+| `context` | hold different positions of the same sequences: chunk r from the front, chunk r from the back |
+| `tensor` | hold different heads, widths and vocabulary entries; between products, different positions |
+| `expert` | hold different experts; tokens travel to them |
+| `expert_tensor` | hold different parts of each expert's width |
+| `expert_data` | (follows from the others) hold shards of the same experts |
+
+Experts see the ranks of a stage and replica a second time: they span data, context and tensor ranks alike, and never
+cross a replica or a stage. With @example:
+
+```
+@picture
+```
+
+## How gradients are summed
+
+The loss is divided by the valid tokens of the whole global batch, so gradients are summed and never divided. A
+parameter's gradient is summed over every rank that computes with the same numbers on other tokens, and then over
+`data_replicate`:
+
+| parameter | split over | summed over |
+|---|---|---|
+| expert weights | `expert`, `expert_tensor` | `expert_data` |
+| heads, widths, vocabulary | `tensor` | `data_shard` x `context` |
+| all else (norms, gates, down-projections to latents) | nothing | `data_shard` x `context` x `tensor` |
+
+The norm counts each element once, on whatever mesh it lives. Expert biases move by loads summed over all ranks.
+
+## What can be combined
+
+Proved: tiny DeepSeek-V2, and V3 with multi-token prediction, over gloo ranks, in FP64 to @fp64 over three steps. On
+the diagonal a degree alone.
+
+@pairs
+
+Three and more together, and with other options of `parallel`:
+
+@several
+
+FP8 in emulation: the error of the gradients against FP64 is at most @fp8 times that of FP8 on one rank.
+
+## What is refused
+
+Before any process starts or, where it depends on modules or the device, before anything is allocated. Of the tiny
+DeepSeek-V3:
+
+@refused
+
+## Proving a layout of your own
+
+```
+octofold verify layout model=deepseek_v3 parallel.expert=4 parallel.tensor=2 parallel.context=2
+```
+
+runs the job in small on CPU ranks of this machine and on one rank. Hidden width, depth, experts and vocabulary shrink;
+groups of experts, low-rank projections, shared experts, multi-token prediction, balance losses, document masks and
+accumulation stay. A world of more than @ranks ranks (`verify.ranks`) shrinks too, and no degree that is above 1 vanishes.
+It compares losses, every parameter's gradient at every step, the norm, every expert's load and bias, and the weights
+after three steps, and prints the worst first, with what is wrong in a sentence such as
+
+```
+gradients of all expert weights are 2x those of one rank: summed once too often, or not divided
+gradients of all expert weights, and of nothing else, are unevenly 0.31x to 0.58x those of one rank: contributions ...
+gradients are right, and the norm counts expert weights 2x
+expert bias of layers 1, 2, 3 moved by local counts
+loss is off by the factor 2.01, and tokens_global/tokens_local is 1.97 to 2.03: ranks divide by their own valid ...
+MTP losses are missing in the gradients of ...
+```
+
+Exit status 0: yes, 1: no; `result.json` in the run folder has every number. `verify.precision=fp32` is a smoke test
+(@fp32: Adam and the choice of experts amplify rounding); `verify.precision=fp8` holds the configured recipe's error
+against FP64 to @fp8 times that on one rank.
+"""
+
+
+@cache
+def refusal(text: str) -> ConfigError | None:
+    """What a user is told of these overrides, on the smallest world where they name none."""
+    texts = text.split()
+    job = compose(
+        ["model=deepseek_v3_tiny", "train.micro_batch_size=1", *(t for t in texts if "." not in t.split("=")[0])]
+    )
+    job = apply(job, parse([t for t in texts if "." in t.split("=")[0]]))
+    ranks = job.launch.nproc_per_node if job.launch.nproc_per_node > 1 else max(1, smallest_world(job.parallel))
+    try:
+        checked = validate(job, ranks)
+        if checked.precision.is_fp8:
+            draft_model(checked, torch.device("cpu"), 320)
+    except ConfigError as error:
+        return error
+    return None
+
+
+@cache
+def page() -> str:
+    """The whole page."""
+    text = TEMPLATE
+    for mark, lines in {
+        "@example": [", ".join(f"`{name}={degree}`" for name, degree in EXAMPLE.items() if degree > 1)],
+        "@picture": _picture(ParallelConfig(**EXAMPLE)),
+        "@pairs": _pairs(),
+        "@several": _several(),
+        "@refused": _refusals(),
+        "@fp64": [f"{TOLERANCE['fp64']:.0e}"],
+        "@fp32": [f"{TOLERANCE['fp32']:.0e}"],
+        "@fp8": [f"{FP8_BAR}"],
+        "@ranks": [f"{VerifyConfig().ranks}"],
+    }.items():
+        text = text.replace(mark, "\n".join(lines))
+    return text
+
+
+def _picture(config: ParallelConfig) -> list[str]:
+    """Each rank's coordinates in both views."""
+    ranks = prod(getattr(config, name) for name in DENSE_DEGREES)
+    outer = ("pipeline", "data_replicate")
+    views = {
+        "dense view": (*outer, "data_shard", "context", "tensor"),
+        "experts' view": (*outer, "expert_data", "expert", "expert_tensor"),
+    }
+    lines = [f"{'rank':<26}" + "".join(f"{rank:>4}" for rank in range(ranks))]
+    for view, axes in views.items():
+        places = np.unravel_index(np.arange(ranks), [getattr(config, name) for name in axes])
+        for axis, numbers in zip(axes, places, strict=True):
+            if getattr(config, axis) > 1:
+                lines.append(f"{view:<15}{axis:<11}" + "".join(f"{number:>4}" for number in numbers))
+                view = ""
+    return lines
+
+
+def _pairs() -> list[str]:
+    """A triangle of every two degrees, each alone on the diagonal."""
+    lines = ["| | " + " | ".join(f"`{name}`" for name in DEGREES) + " |", "|---" * (len(DEGREES) + 1) + "|"]
+    for row, first in enumerate(DEGREES):
+        cells = [_cell(first, second) for second in DEGREES[: row + 1]]
+        lines.append(f"| `{first}` | " + " | ".join([*cells, *[""] * (len(DEGREES) - row - 1)]) + " |")
+    return lines
+
+
+def _several() -> list[str]:
+    """The proved layouts of three degrees and more, and those with other options."""
+    listed = [case for case in CASES if len(_degrees(case)) > 2 or _has_options(case)]
+    return [
+        f"- {_ranks_of(case)} ranks: `{case.degrees}`" for case in sorted(listed, key=lambda c: (_ranks_of(c), str(c)))
+    ]
+
+
+def _has_options(case: Case) -> bool:
+    return any(text.split("=")[0] not in DEGREES for text in case.degrees.split())
+
+
+def _degrees(case: Case) -> dict[str, int]:
+    named = (text.split("=") for text in case.degrees.split())
+    return {name: int(value) for name, value in named if name in DEGREES and int(value) > 1}
+
+
+def _ranks_of(case: Case) -> int:
+    return smallest_world(ParallelConfig(**_degrees(case)))
+
+
+def _cell(first: str, second: str) -> str:
+    wanted = {first, second}
+    if any(wanted == set(_degrees(case)) for case in CASES):
+        return "proved"
+    if any(wanted <= set(_degrees(case)) for case in CASES):
+        return "proved with others"
+    return "refused" if refusal(" ".join(f"parallel.{name}=2" for name in sorted(wanted))) else "not proved"
+
+
+def _refusals() -> list[str]:
+    lines = ["| overrides | refused | rule | remedy |", "|---|---|---|---|"]
+    for text in REFUSED:
+        error = refusal(text)
+        assert error is not None, f"{text} is not refused"
+        cells = [f"`{text}`", f"`{str(error).splitlines()[0]}`", error.rule, error.remedy]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return lines
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
