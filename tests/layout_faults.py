@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 import octofold.parallel.apply
 import octofold.parallel.norm
+from octofold.parallel.pipeline_ends import SharedEnds
 from octofold.train.config import RunConfig
 from octofold.train.layout.facts import RankFacts
 from octofold.train.layout.record import record
@@ -82,7 +83,7 @@ def _tokens(counted: Callable[[torch.Tensor], torch.Tensor], config: RunConfig, 
     accumulate = Trainer._accumulate
 
     def faulty(self: Trainer, batches: Any, tokens_J: torch.Tensor, *rest: Any) -> Any:
-        own = [[valid_tokens(labels) for _, labels in self._targets(batch)] for batch in batches]
+        own = [[valid_tokens(labels) for _, labels in self.accumulation._targets(batch)] for batch in batches]
         return accumulate(self, batches, counted(torch.tensor(own).sum(0).to(tokens_J)), *rest)
 
     with patch.object(Trainer, "_accumulate", faulty):
@@ -135,6 +136,12 @@ def norm_weights_not_summed_over_tensor(config: RunConfig, run_dir: Path) -> Ran
         return replace(right, infos={**right.infos, "whole": right.infos["split"]})
 
     with patch.object(shards, "over", staticmethod(faulty)):
+        return record(config, run_dir)
+
+
+def embedding_not_summed_over_ends(config: RunConfig, run_dir: Path) -> RankFacts:
+    """The first and the last stage of a pipeline keep the gradients of their own copies of the embedding."""
+    with patch.object(SharedEnds, "sum_gradients", lambda ends: None):
         return record(config, run_dir)
 
 

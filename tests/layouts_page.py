@@ -117,7 +117,7 @@ octofold verify layout model=deepseek_v3 parallel.expert=4 parallel.tensor=2 par
 
 runs the job in small on CPU ranks of this machine and on one rank. Hidden width, depth, experts and vocabulary shrink;
 groups of experts, low-rank projections, shared experts, multi-token prediction, balance losses, document masks and
-accumulation stay. A world of more than @ranks ranks (`verify.ranks`) shrinks too, and no degree that is above 1 vanishes.
+accumulation stay. A world of more than @ranks ranks (`verify.ranks`) shrinks too, no degree that is above 1 to 1.
 It compares losses, every parameter's gradient at every step, the norm, every expert's load and bias, and the weights
 after three steps, and prints the worst first, with what is wrong in a sentence such as
 

@@ -16,8 +16,6 @@ class StepFacts:
     """The `train` record of the metrics: losses, gradient norm, expert loads, tokens."""
     gradients: Arrays
     """Unsplit and unscaled, before clipping, by parameter; those that this rank speaks for."""
-    without_gradient: tuple[str, ...]
-    """Parameters of this rank that the backward pass did not reach."""
     loads: dict[int, np.ndarray]
     """Tokens that this rank alone routed to each expert, int64 [E], by layer."""
     biases: dict[int, np.ndarray]

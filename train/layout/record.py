@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
@@ -55,7 +56,8 @@ def spoken_for(named: Iterable[tuple[str, torch.Tensor]], factor: float = 1.0) -
     """Unsplit copies, times `factor`, of the tensors that this rank speaks for. Collective over each tensor's mesh.
 
     Along an axis that splits a tensor all ranks put the same whole together, so the first of them speaks. Along one
-    that copies it each rank speaks for its own copy: nothing but the layout's own sums makes copies equal.
+    that copies it each rank speaks for its own copy: nothing but the layout's own sums makes copies equal. A copy on
+    the same rank, as the embedding has one where both ends of a pipeline are, is told apart if it differs.
     """
     spoken: Arrays = {}
     for name, tensor in named:
@@ -67,7 +69,9 @@ def spoken_for(named: Iterable[tuple[str, torch.Tensor]], factor: float = 1.0) -
             speaks = not any(place for place, is_split in zip(coordinate, split, strict=True) if is_split)
         if speaks:
             wide = whole.detach() if whole.dtype == torch.float64 else whole.detach().float()
-            spoken[name] = (wide * factor).cpu().numpy()
+            value = (wide * factor).cpu().numpy()
+            is_other = name in spoken and not np.array_equal(spoken[name], value)
+            spoken[f"{name} (copy)" if is_other else name] = value
     return spoken
 
 
@@ -100,9 +104,15 @@ class _Witness(RunProgress):
         return batches
 
     def _update(self) -> StepResult:
-        parameters = dict(self._trainer.model.named_parameters())
-        graded = [(name, p.grad) for name, p in parameters.items() if p.grad is not None]
-        self._facts["gradients"] = spoken_for(graded, 1 / self._trainer.engine.scaler.scale)
-        self._facts["without_gradient"] = tuple(name for name, p in parameters.items() if p.grad is None)
+        engine = self._trainer.engine
+        ends = engine.ends
+        if ends is not None:  # the last of the sums that make a gradient, which the engine would do first
+            ends.sum_gradients()
+        graded = [(name, p.grad) for name, p in self._trainer.model.named_parameters() if p.grad is not None]
+        self._facts["gradients"] = spoken_for(graded, 1 / engine.scaler.scale)
         self._facts["loads"] = {n: gate.load_E.cpu().numpy().copy() for n, gate in self._trainer.gates.items()}
-        return self._engine_step()
+        engine.ends = None
+        try:
+            return self._engine_step()
+        finally:
+            engine.ends = ends
