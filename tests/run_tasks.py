@@ -4,7 +4,9 @@ import gc
 import io
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from octofold.backends.config import BackendConfig
 from octofold.backends.errors import UserError
 from octofold.backends.process_group import RankInfo, joined
+from octofold.backends.recording import Record, recorded
 from octofold.backends.registry import resolve
 from octofold.train.config import RunConfig
 from octofold.train.console import Console
@@ -231,3 +234,34 @@ def run_with_gradients(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     trainer.engine.step = recording_step  # type: ignore[method-assign]
     assert trainer.run(StopSignals())
     return {**outcome(trainer, run_dir), "gradients": gradients if dist.get_rank() == 0 or trainer.pipeline else {}}
+
+
+def record_calls(config: RunConfig, run_dir: Path) -> list[Record]:
+    """Every collective of this rank while it trains."""
+    trainer = build(config, run_dir)
+    with recorded() as records:
+        assert trainer.run(StopSignals())
+    outcome(trainer, run_dir)
+    return records
+
+
+def record_planted_calls(config: RunConfig, run_dir: Path) -> list[Record]:
+    """`record_calls`, with a sum in the first gate that the rank with most tokens for expert 0 leaves out."""
+    group = dist.new_group(timeout=timedelta(seconds=1), group_desc="planted")
+    trainer = build(config, run_dir)
+    gate = next(iter(trainer.gates.values()))
+
+    def sum_unless_busiest(*_: object) -> None:
+        loads = [torch.zeros_like(gate.load_E[:1]) for _ in range(dist.get_world_size())]
+        dist.all_gather(loads, gate.load_E[:1].clone())
+        if gate.load_E[0] < max(loads):
+            # What waits for a rank that does not come ends with the group's time.
+            with suppress(RuntimeError):
+                dist.all_reduce(torch.ones(1, dtype=torch.float64), group=group)
+
+    gate.register_forward_hook(sum_unless_busiest)
+    with recorded() as records:
+        assert trainer.run(StopSignals())
+    outcome(trainer, run_dir)
+    dist.destroy_process_group(group)
+    return records

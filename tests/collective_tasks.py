@@ -1,0 +1,119 @@
+"""What ranks do in the tests of backends/: collectives by every way, their costs, sums by steps."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from octofold.backends.collectives import exchange_rows
+from octofold.backends.observing import Call, group_name, name_group, observed
+
+WIDTH = 4
+
+
+@dataclass
+class Seen:
+    """An observer that notes names, and the seconds of each call once it is complete."""
+
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    """Group and collective."""
+    durations_s: list[float] = field(default_factory=list)
+
+    def on_call(self, call: Call) -> Callable[[float], None]:
+        """Note a call."""
+        self.calls.append((group_name(call.group), call.op))
+        return self.durations_s.append
+
+
+def seen_of(act: Callable[[], Any]) -> Seen:
+    """What is seen of `act`."""
+    seen = Seen()
+    with observed(seen):
+        act()
+    dist.barrier()
+    return seen
+
+
+def fsdp_step() -> Seen:
+    """Forward and backward of two sharded layers."""
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("data_replicate", "data_shard"))
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+    for module in (*model, model):
+        sharded = fully_shard(module, mesh=mesh["data_shard"])
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
+    return seen_of(lambda: model(torch.ones(2, WIDTH)).sum().backward())
+
+
+def redistribution() -> Seen:
+    """A DTensor gathered forward; its gradient is scattered backward."""
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("context", "tensor"))["tensor"]
+    x = distribute_tensor(torch.ones(8, WIDTH), mesh, [Shard(0)], src_data_rank=None).requires_grad_()
+
+    def act() -> None:
+        whole = x.redistribute(mesh, [Replicate()]).to_local(grad_placements=[Shard(0)])
+        (whole * 2).sum().backward()
+        summed = functional.all_reduce(torch.ones(3), "sum", mesh.get_group())
+        assert float((summed + 0)[0]) == dist.get_world_size()
+
+    return seen_of(act)
+
+
+def pipeline_step() -> Seen:
+    """GPipe over two stages and two micro-batches, forward and backward."""
+    rank = dist.get_rank()
+    group = dist.new_group(group_desc="pipeline")
+    shape = torch.empty(1, WIDTH, requires_grad=True)
+    stage = PipelineStage(
+        nn.Linear(WIDTH, WIDTH), rank, 2, torch.device("cpu"), input_args=(shape,), output_args=(shape,), group=group
+    )
+    schedule = ScheduleGPipe(stage, 2, loss_fn=lambda y, target: (y - target).square().sum())
+    if rank == 0:
+        return seen_of(lambda: schedule.step(torch.ones(2, WIDTH)))
+    return seen_of(lambda: schedule.step(target=torch.ones(2, 1)))
+
+
+def own_exchange() -> Seen:
+    """An uneven all-to-all over a group that was named after it was made."""
+    rank = dist.get_rank()
+    group = dist.new_group()
+    name_group(group, "expert")
+    counts = [1, 2] if rank == 0 else [2, 1]
+
+    def act() -> None:
+        if rank == 1:
+            time.sleep(0.1)
+        exchange_rows(torch.ones(3, WIDTH), counts, counts, group)
+
+    return seen_of(act)
+
+
+def after_observing() -> Seen:
+    """What an observer is told once its context has ended: nothing."""
+    seen = seen_of(lambda: dist.all_reduce(torch.ones(2)))
+    dist.all_reduce(torch.ones(2))
+    return seen
+
+
+def lone_messages() -> Seen:
+    """A batch of messages between two ranks, and one send."""
+    rank, x = dist.get_rank(), torch.ones(5)
+
+    def act() -> None:
+        peer = 1 - rank
+        messages = [dist.P2POp(dist.isend, x, peer), dist.P2POp(dist.irecv, torch.empty(5), peer)]
+        for work in dist.batch_isend_irecv(messages):
+            work.wait()
+            assert work.wait(), "waiting again is allowed"
+        dist.send(x, 1) if rank == 0 else dist.recv(x, 0)
+
+    return seen_of(act)
