@@ -53,6 +53,29 @@ def test_no_names_the_worst_and_the_fault(tmp_path, capsys):
     assert (worst["key"]["kind"], round(worst["ratio"], 6)) == ("gradient", 2.0)
 
 
+@pytest.mark.slow
+def test_a_big_job_is_proved_in_small(tmp_path, capsys):
+    """DeepSeek-V3 on 64 ranks, over two seeds."""
+    degrees = ["parallel.data_shard=8", "parallel.expert=16", "parallel.context=4", "parallel.tensor=2"]
+    batch = ["launch.nproc_per_node=64", "train.global_batch_size=32", "verify.seeds=2", "data.mask_documents=true"]
+    folder = tmp_path / "out"
+    assert main(["verify", "layout", "model=deepseek_v3", *degrees, *batch, f"run_dir={folder}"]) == 0
+    printed = capsys.readouterr().out
+    assert "asked for: data_shard=8 context=4 tensor=2 expert=16" in printed
+    assert "does data_shard=2 context=2 tensor=2 expert=8 on 8 ranks compute what one rank does? yes" in printed
+    assert list(json.loads((folder / "result.json").read_text())["seeds"]) == ["0", "1"]
+    assert (folder / "seed_1" / "layout").is_dir()
+
+
+@pytest.mark.slow
+def test_fp8_against_one_rank(tmp_path, capsys):
+    asked = ["model=deepseek_v3_tiny", "parallel.expert=2", "precision=fp8_block", "precision.arithmetic=emulate"]
+    assert main(["verify", "layout", *asked, "verify.precision=fp8", f"run_dir={tmp_path / 'out'}"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "yes: FP8 errs" in line
+    assert line.endswith("times as much as on one rank, allowed 1.2")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
