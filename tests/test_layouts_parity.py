@@ -19,11 +19,14 @@ def test_layout_equals_one_rank(case, model, layout_root, alone, ranks, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", FULL, ids=str)
 @pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("case", FULL, ids=str)
 def test_full_matrix(case, model, layout_root, alone, ranks, tmp_path):
     config, count = run_of(model, case, layout_root, "data.mask_documents=true")
     proof = prove(config, count, tmp_path, ranks, expected=alone(config))
+    if model == MODELS[-1]:
+        # Each layout has groups of its own, and each of gloo's keeps threads that poll: end them with their ranks.
+        ranks(count).close()
     worst = proof.differences[0]
     print(f"{model}  {'yes' if proof.holds else 'NO '}  {worst.error:.1e}  {count} ranks  {case}  ({worst.key})")
     assert proof.holds, "\n".join([*proof.diagnosis, *map(str, proof.differences[:5])])

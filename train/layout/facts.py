@@ -15,7 +15,7 @@ class StepFacts:
     report: dict[str, Any]
     """The `train` record of the metrics: losses, gradient norm, expert loads, tokens."""
     gradients: Arrays
-    """Unsplit and unscaled, before clipping, by parameter; those that this rank speaks for."""
+    """Unsplit and unscaled, before clipping, by parameter; those that this rank speaks for. Zero: none was computed."""
     loads: dict[int, np.ndarray]
     """Tokens that this rank alone routed to each expert, int64 [E], by layer."""
     biases: dict[int, np.ndarray]

@@ -108,7 +108,9 @@ class _Witness(RunProgress):
         ends = engine.ends
         if ends is not None:  # the last of the sums that make a gradient, which the engine would do first
             ends.sum_gradients()
-        graded = [(name, p.grad) for name, p in self._trainer.model.named_parameters() if p.grad is not None]
+        # Zeros where the backward pass has not been: a rank without a gradient takes part in putting it together.
+        named = self._trainer.model.named_parameters()
+        graded = [(name, torch.zeros_like(p) if p.grad is None else p.grad) for name, p in named]
         self._facts["gradients"] = spoken_for(graded, 1 / engine.scaler.scale)
         self._facts["loads"] = {n: gate.load_E.cpu().numpy().copy() for n, gate in self._trainer.gates.items()}
         engine.ends = None
