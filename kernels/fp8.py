@@ -14,7 +14,6 @@ width, E experts.
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from octofold.kernels.qtensor import Format, QTensor
@@ -23,6 +22,7 @@ from octofold.kernels.recompute import is_recomputing
 from octofold.kernels.reference.quantize import scales_of
 from octofold.kernels.registry import Kernels
 from octofold.kernels.torch_swiglu import swiglu_backward
+from octofold.kernels.weight_gradients import WeightGradients, grouped_mm, linear
 
 ACTIVATION, WEIGHT, GRADIENT = range(3)
 HISTORY = "amax_history_KH"
@@ -91,6 +91,8 @@ class Fp8State(nn.Module):
         self.recipe, self.kernels, self.keep_weights = recipe, kernels, keep_weights
         self.turned_copies = turned_copies or recipe.weight != recipe.turned_weight.transposed
         self.observer: Observer | None = None
+        self.later: WeightGradients | None = None
+        """Where gradients of weights are left, in the pipelines that compute them later."""
         self.loss_scale = 1.0
         """What gradients are multiplied by at present; their history is without it."""
         self._kept: dict[str, QTensor] = {}
@@ -113,31 +115,40 @@ class Fp8State(nn.Module):
     def linear(self, x: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
         """x wᵀ: [..., K] to [..., N] in the dtype of x."""
         if self.recipe.arithmetic == "storage":
-            return self._storing(x, lambda: F.linear(x, weight_NK))
-        out: torch.Tensor = _Linear.apply(x.flatten(0, -2), weight_NK, None, self, False)
+            return self._storing(x, lambda: linear(x, weight_NK, self.later))
+        out = self._product(x.flatten(0, -2), weight_NK, None, swiglu=False)
         return out.view(*x.shape[:-1], weight_NK.shape[0])
 
     def swiglu_linear(self, gate_up: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
         """swiglu(gate_up) wᵀ: [..., 2·K] to [..., N]."""
         if self.recipe.arithmetic == "storage":
             activated = self._storing(gate_up, lambda: self.kernels.swiglu(gate_up))
-            return self._storing(activated, lambda: F.linear(activated, weight_NK))
-        out: torch.Tensor = _Linear.apply(gate_up.flatten(0, -2), weight_NK, None, self, True)
+            return self._storing(activated, lambda: linear(activated, weight_NK, self.later))
+        out = self._product(gate_up.flatten(0, -2), weight_NK, None, swiglu=True)
         return out.view(*gate_up.shape[:-1], weight_NK.shape[0])
 
     def grouped(self, x_MK: torch.Tensor, weight_ENK: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         """Rows sorted by expert, each times the transposed matrix of its expert: [M, K] to [M, N]."""
         if self.recipe.arithmetic == "storage":
-            return self._storing(x_MK, lambda: self.kernels.grouped_mm(x_MK, weight_ENK, counts_E))
-        out: torch.Tensor = _Linear.apply(x_MK, weight_ENK, counts_E, self, False)
-        return out
+            return self._storing(x_MK, lambda: grouped_mm(x_MK, weight_ENK, counts_E, self.kernels, self.later))
+        return self._product(x_MK, weight_ENK, counts_E, swiglu=False)
 
     def swiglu_grouped(self, gate_up: torch.Tensor, weight_ENK: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         """`grouped` of swiglu(gate_up): [M, 2·K] to [M, N]."""
         if self.recipe.arithmetic == "storage":
             activated = self._storing(gate_up, lambda: self.kernels.swiglu(gate_up))
-            return self._storing(activated, lambda: self.kernels.grouped_mm(activated, weight_ENK, counts_E))
-        out: torch.Tensor = _Linear.apply(gate_up, weight_ENK, counts_E, self, True)
+            return self._storing(
+                activated, lambda: grouped_mm(activated, weight_ENK, counts_E, self.kernels, self.later)
+            )
+        return self._product(gate_up, weight_ENK, counts_E, swiglu=True)
+
+    def _product(
+        self, x: torch.Tensor, weight: torch.Tensor, counts_E: torch.Tensor | None, *, swiglu: bool
+    ) -> torch.Tensor:
+        waits = self.later is not None and torch.is_grad_enabled()
+        # A weight whose gradient waits is hidden from the graph (kernels/weight_gradients.py).
+        operands = (x, weight.detach() if waits else weight, counts_E)
+        out: torch.Tensor = _Linear.apply(*operands, self, swiglu, (weight,) if waits else None)
         return out
 
     def weight(self, weight: torch.Tensor) -> QTensor:
@@ -239,7 +250,7 @@ class _Linear(torch.autograd.Function):
     """y = f(x) wᵀ with f the identity or SwiGLU, over all rows or by groups of rows."""
 
     @staticmethod
-    def forward(ctx, x, weight, counts_E, state, swiglu):
+    def forward(ctx, x, weight, counts_E, state, swiglu, waiting):
         recipe, kernels = state.recipe, state.kernels
         active = kernels.swiglu(x.float()) if swiglu and (recipe.delayed or state.watching is not None) else x
         scale = state.scale(ACTIVATION, active, recipe.activation)
@@ -252,7 +263,7 @@ class _Linear(torch.autograd.Function):
         if state.watching is not None and state.watching.wants_products:
             state.watching.product("forward", active, weight, out, counts_E, "rows")
             ctx.observed = (active, weight, x if swiglu else None)
-        ctx.state, ctx.swiglu, ctx.dtype = state, swiglu, x.dtype
+        ctx.state, ctx.swiglu, ctx.dtype, ctx.waiting = state, swiglu, x.dtype, waiting
         ctx.format = recipe.activation if recipe.saves_fp8 else None
         if not recipe.saves_fp8:
             kept = (x, None)
@@ -274,31 +285,37 @@ class _Linear(torch.autograd.Function):
         kept, kept_scale, counts_E, weight = ctx.saved_tensors
         state, recipe, kernels = ctx.state, ctx.state.recipe, ctx.state.kernels
         observer = state.watching
-        x = kept
-        if ctx.format is not None:
-            x = kernels.dequantize(QTensor(kept, kept_scale, ctx.format), ctx.dtype)
+        format, dtype, swiglu, observed = ctx.format, ctx.dtype, ctx.swiglu, ctx.observed
+
+        def kept_input() -> torch.Tensor:
+            return kept if format is None else kernels.dequantize(QTensor(kept, kept_scale, format), dtype)
+
         grad = grad.contiguous()
         scale = state.scale(GRADIENT, grad, recipe.gradient)
         grad_q = kernels.quantize(grad, recipe.gradient, scale=scale)
         turned = state.turned_weight(weight) if ctx.turned is None else ctx.turned
-        grad_x = _rows_product(state, grad_q, turned, counts_E, ctx.dtype)
+        grad_x = _rows_product(state, grad_q, turned, counts_E, dtype)
         if observer is not None:
             observer.tensor("gradient", grad, grad_q)
-        if observer is not None and ctx.observed is not None:
-            observer.product("input_gradient", grad, ctx.observed[1].mT, grad_x, counts_E, "rows")
-        grad_w = None
-        active = kernels.swiglu(x) if ctx.swiglu else x
-        if ctx.needs_input_grad[1]:
-            inner_scale = state.scale_again(ACTIVATION, recipe.inner_activation)
-            grad_w = _inner_product(
-                state, (grad, recipe.inner_gradient, scale), (active, recipe.inner_activation, inner_scale), counts_E
-            )
-            if observer is not None and ctx.observed is not None:
-                before, _, source = ctx.observed
+        if observer is not None and observed is not None:
+            observer.product("input_gradient", grad, observed[1].mT, grad_x, counts_E, "rows")
+        inner_scale = state.scale_again(ACTIVATION, recipe.inner_activation)
+
+        def weight_gradient() -> torch.Tensor:
+            active = kernels.swiglu(kept_input()) if swiglu else kept_input()
+            operands = (grad, recipe.inner_gradient, scale), (active, recipe.inner_activation, inner_scale)
+            grad_w = _inner_product(state, *operands, counts_E)
+            if observer is not None and observed is not None:
+                before, _, source = observed
                 observer.product("weight_gradient", grad, before, grad_w, counts_E, "inner", source=source)
-        if ctx.swiglu:
-            grad_x = swiglu_backward(x, grad_x)
-        return grad_x, grad_w, None, None, None
+            return grad_w
+
+        if ctx.waiting is not None:
+            state.later.leave(*ctx.waiting, weight_gradient)
+        grad_w = weight_gradient() if ctx.needs_input_grad[1] else None
+        if swiglu:
+            grad_x = swiglu_backward(kept_input(), grad_x)
+        return grad_x, grad_w, None, None, None, None
 
 
 class _Stored(torch.autograd.Function):

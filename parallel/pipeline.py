@@ -14,6 +14,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 from octofold.backends.collectives import Group
+from octofold.kernels.weight_gradients import WeightGradients
 from octofold.parallel.config import ParallelConfig
 from octofold.parallel.pipeline_split import SCHEDULES, rank_of_stage
 
@@ -49,6 +50,7 @@ class Pipeline:
         self._dtype, self._width = stream_BPD.dtype, stream_BPD.shape[2]
         self._tensor = config.tensor
         self._loss_of: LossOf | None = None
+        kind = SCHEDULES[config.pipeline_schedule]
         sent = stream_BPD.detach().requires_grad_()
         built = [
             PipelineStage(
@@ -60,10 +62,11 @@ class Pipeline:
                 input_args=torch.empty(stream_BPD.shape[:2], dtype=torch.int64, device="meta") if not number else sent,
                 output_args=(sent,) * (outputs if number == len(self.ranks) - 1 else 1),
                 group=group,
+                dw_builder=_leave_weights(module).take if kind.splits_backward else None,
             )
             for number, module in self.stages.items()
         ]
-        schedule = get_schedule_class(SCHEDULES[config.pipeline_schedule].torch_name)
+        schedule = get_schedule_class(kind.torch_name)
         # scale_grads divides by the micro-batches; our losses are shares of the global batch already.
         options: dict[str, Any] = {"loss_fn": self._loss, "scale_grads": False}
         single = issubclass(schedule, PipelineScheduleSingle)
@@ -120,3 +123,12 @@ class Pipeline:
     def _loss(self, outputs: Sequence[torch.Tensor], labels_BJQ: torch.Tensor) -> torch.Tensor:
         assert self._loss_of is not None
         return self._loss_of(outputs, labels_BJQ)
+
+
+def _leave_weights(stage: nn.Module) -> WeightGradients:
+    """A queue for all modules of a stage that can leave gradients of weights for later."""
+    queue = WeightGradients()
+    for module in stage.modules():
+        if hasattr(module, "later"):
+            setattr(module, "later", queue)  # noqa: B010 - no parameter, module or buffer
+    return queue

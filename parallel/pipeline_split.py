@@ -112,9 +112,6 @@ def check_pipeline(config: ParallelConfig, layers: int, micro_batches: int) -> N
 
 def _check_stages(config: ParallelConfig, layers: int) -> None:
     kind, held = SCHEDULES[config.pipeline_schedule], stages_a_rank(config)
-    if kind.splits_backward:
-        rule = "this version can simulate a split backward pass, not run one"
-        raise ConfigError("parallel.pipeline_schedule", config.pipeline_schedule, rule, "gpipe, 1f1b or interleaved")
     shown = f"parallel.pipeline_schedule={config.pipeline_schedule} parallel.pipeline_stages={held}"
     if held < kind.stages or (kind.most_stages and held > kind.most_stages):
         number = f"exactly {kind.stages}" if kind.most_stages else f"at least {kind.stages}"

@@ -62,13 +62,23 @@ def run(config: RunConfig, run_dir: Path, stop_at: int | None = None) -> dict[st
     """Train to the end, or until the last rank alone is asked to stop during step `stop_at`; see `outcome`."""
     trainer, stop = build(config, run_dir), StopSignals()
 
-    def ask(*_: object) -> None:
+    def ask() -> None:
         if trainer.progress.step + 1 == stop_at and dist.get_rank() == dist.get_world_size() - 1:
             stop.received = signal.SIGTERM
 
-    trainer.model.lm_head.register_forward_hook(ask)
+    trainer.loader.next_step = after(ask, trainer.loader.next_step)  # type: ignore[method-assign]
     assert trainer.run(stop) == (stop_at is None)
     return outcome(trainer, run_dir)
+
+
+def after(first: Callable[[], None], then: Callable[[], Any]) -> Callable[[], Any]:
+    """Both, one after the other."""
+
+    def both() -> Any:
+        first()
+        return then()
+
+    return both
 
 
 def outcome(trainer: Trainer, run_dir: Path) -> dict[str, Any]:
@@ -154,7 +164,8 @@ def write(
             logits[..., favourite[1]] = 1e3
         return logits
 
-    trainer.model.lm_head.register_forward_hook(prefer)
+    if favourite:
+        trainer.model.lm_head.register_forward_hook(prefer)
     usual: dict[str, Any] = {"prompt": "the ", "tokens": 12, "context": 64, "temperature": 0.0, "top_k": 0, "seed": 0}
     texts = [
         generate(

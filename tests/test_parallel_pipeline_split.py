@@ -67,7 +67,9 @@ def test_an_even_split_holds_every_layer_once_and_no_other_is_lighter(pipeline, 
     [
         (config(2, "1f2b"), 8, 8, r"pipeline_schedule.*1f2b.*1f1b"),
         (config(4), 3, 8, r"num_hidden_layers=3.*at least one layer"),
-        (config(2, "interleaved"), 3, 8, r"2 x 2 = 4 stages"),
+        (config(2, "zbv"), 3, 8, r"2 x 2 = 4 stages"),
+        (config(2, "zbv", pipeline_stages=3), 8, 8, r"exactly 2 stage"),
+        (config(2, "dualpipev"), 8, 3, r"at least 4 micro-batches"),
         (config(2, pipeline_stages=2), 8, 8, r"exactly 1 stage"),
         (config(2, "interleaved", pipeline_stages=1), 8, 8, r"at least 2 stage"),
         (config(2, pipeline_split=[4, 3]), 8, 8, r"pipeline_split.*8 in all"),
@@ -87,7 +89,7 @@ def test_what_cannot_run_is_refused_by_name(parallel, layers, micro_batches, wor
         check_pipeline(parallel, layers, micro_batches)
 
 
-@pytest.mark.parametrize("schedule", [name for name, kind in SCHEDULES.items() if not kind.splits_backward])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_what_can_run_is_let_through(schedule):
     check_pipeline(config(2, schedule), 4, 4)
     check_pipeline(

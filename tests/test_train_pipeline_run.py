@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import run_tasks
 from run_configs import tiny_run, write_corpus
+from safetensors import safe_open
 from test_train_run import assert_equal_runs
 
 from octofold.parallel.local_ranks import LocalRanks
@@ -58,7 +59,7 @@ def joined(found: list[dict[str, Any]]) -> dict[str, Any]:
     return {**found[0], **parts}
 
 
-@pytest.mark.parametrize("schedule", [name for name, kind in SCHEDULES.items() if not kind.splits_backward])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_schedule_equals_one_rank(schedule, root, ranks, run_alone, tmp_path):
     """Losses, balance losses, gradients, norms, loads of all layers, moments, biases and weights after 3 steps."""
     expected = run_alone(MTP)
@@ -73,7 +74,8 @@ def test_a_schedule_equals_one_rank(schedule, root, ranks, run_alone, tmp_path):
 
 COMBINED = [
     pytest.param({"data_shard": 2, "expert": 2}, "1f1b", MTP, id="data and experts"),
-    pytest.param({"tensor": 2}, "1f1b", TIED, id="tensor, tied head"),
+    pytest.param({"data_shard": 2, "expert": 2}, "dualpipev", MTP, id="data and experts, both ends on a rank"),
+    pytest.param({"tensor": 2}, "zbv", TIED, id="tensor, tied head"),
     pytest.param({"context": 2}, "interleaved", MTP, id="context"),
     pytest.param({"data_replicate": 2, "pipeline_split": [1, 3]}, "gpipe", TIED, id="replicas, uneven, tied head"),
 ]
@@ -85,3 +87,50 @@ def test_a_pipeline_with_other_layouts_equals_one_rank(parallel, schedule, model
     config = tiny_run(root, 4, **groups_of(model, 1, degrees))
     found = joined(ranks(4).run(run_tasks.run_with_gradients, config, tmp_path))
     assert_equal_runs(found, run_alone(model), 1e-9)
+
+
+def test_a_run_moves_between_pipelines_and_one_rank(root, ranks, run_alone, tmp_path):
+    """Two stages, then one rank, then both ends on one of two ranks: one curve, and each tensor saved once."""
+    groups = groups_of(MTP, 2, {"pipeline": 2})
+    run_dir = tmp_path / "moved"
+    ranks(2).run(run_tasks.run, tiny_run(root, 2, **groups), run_dir, 1)
+    saved = {name for path in (run_dir / "checkpoints" / "step_1").glob("*.safetensors") for name in names_in(path)}
+    alone = tiny_run(root, **groups_of(MTP, 4, {}), resume=str(run_dir))
+    run_tasks.alone(run_tasks.run, alone, run_dir, 2)
+    moved = groups_of(MTP, 2, {"pipeline": 2, "pipeline_schedule": "interleaved"})
+    found = joined(ranks(2).run(run_tasks.run, tiny_run(root, 2, **moved, resume=str(run_dir)), run_dir))
+    expected = run_alone(MTP)
+    assert saved == expected["tensors"].keys()
+    found.pop("gradients")
+    assert_equal_runs(found, expected, 1e-9)
+
+
+def names_in(path: Path) -> list[str]:
+    with safe_open(path, framework="np") as file:
+        return list(file.keys())
+
+
+def test_a_checkpoint_of_another_model_is_refused_on_every_rank(root, ranks, tmp_path):
+    groups = groups_of(MTP, 2, {"pipeline": 2})
+    ranks(2).run(run_tasks.run, tiny_run(root, 2, **groups), tmp_path, 1)
+    deeper = groups_of({**MTP, "num_hidden_layers": 5}, 2, {"pipeline": 2})
+    for message in ranks(2).run(run_tasks.load_error, tiny_run(root, 2, **deeper, resume=str(tmp_path)), tmp_path):
+        assert "model.layers.4.input_layernorm.weight: not in the checkpoint" in message
+
+
+def test_validation_and_text_are_those_of_one_rank(root, ranks, tmp_path):
+    groups = groups_of(MTP, 4, {})
+    run_tasks.alone(run_tasks.run, tiny_run(root, **groups), tmp_path / "run")
+    requests: list[dict[str, Any]] = [{}, {"tokens": 30, "context": 16, "temperature": 0.8, "seed": 3}]
+    resumed = tiny_run(root, **groups, resume=str(tmp_path / "run"))
+    validated = run_tasks.alone(run_tasks.validate, resumed, tmp_path / "a")["record"]
+    texts, _ = run_tasks.alone(run_tasks.write, resumed, tmp_path / "b", requests)
+    for schedule in ("1f1b", "interleaved"):
+        piped = groups_of(MTP, 2, {"pipeline": 2, "pipeline_schedule": schedule})
+        config = tiny_run(root, 2, **piped, resume=str(tmp_path / "run"))
+        for found in ranks(2).run(run_tasks.validate, config, tmp_path / schedule):
+            assert found["record"]["loss"] == pytest.approx(validated["loss"], rel=1e-12)
+            assert found["record"]["tokens"] == validated["tokens"]
+            assert found["training"]
+        for found in ranks(2).run(run_tasks.write, config, tmp_path / schedule, requests):
+            assert found == (texts, True)

@@ -6,6 +6,7 @@ Every rank writes the shards it owns; a file's header says where each shard lies
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -33,6 +34,8 @@ def read_tensors(
 ) -> None:
     """Collective: fill `tensors`, on any layout and in their own dtype, in place from a checkpoint.
 
+    Ranks may ask for different tensors (the stages of a pipeline do); a fault of one is told to all.
+
     Those whose names begin with `OPTIONAL` stay as they are where the checkpoint lacks them.
 
     Args:
@@ -51,9 +54,10 @@ def read_tensors(
     reader = HuggingFaceStorageReader(str(folder))
     saved = reader.read_metadata().state_dict_metadata
     tensors = {name: tensor for name, tensor in tensors.items() if name in saved or not name.startswith(OPTIONAL)}
-    faults = [f"{name}: not in the checkpoint" for name in tensors if name not in saved]
+    wanted = dict.fromkeys(name for names in _of_all_ranks(list(tensors)) for name in names)
+    faults = [f"{name}: not in the checkpoint" for name in wanted if name not in saved]
     if whole:
-        spare = [name for name in saved if name.removesuffix(SCALE_SUFFIX) not in tensors]
+        spare = [name for name in saved if name.removesuffix(SCALE_SUFFIX) not in wanted]
         faults += [f"{name}: in the checkpoint only" for name in spare if not name.startswith(OPTIONAL)]
     for name in sorted(saved.keys() & tensors.keys()):
         entry = saved[name]
@@ -62,6 +66,7 @@ def read_tensors(
         if shape != tuple(tensors[name].shape):
             key = " (precision.amax_history)" if name.startswith(OPTIONAL) else ""
             faults.append(f"{name}: {list(shape)} in the checkpoint, {list(tensors[name].shape)} in the model{key}")
+    faults = list(dict.fromkeys(fault for told in _of_all_ranks(faults) for fault in told))
     if faults:
         more = f"\n  … and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise UserError(
@@ -80,6 +85,13 @@ def read_tensors(
     if quantised:
         assert block is not None, "the manifest of a checkpoint with FP8 weights says their block"
         _read_quantised(folder, quantised, block)
+
+
+def _of_all_ranks(texts: list[str]) -> list[list[str]]:
+    """What each rank says."""
+    told: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(told, texts)
+    return told
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Parts that every layer uses: linear layer, embedding, norm, dense feed-forward network, residual. D hidden width.
 
 What may be in FP8 has a slot for it, named in `FP8_SLOTS` (its name below the module's -> attribute); the precision
-policy (train/precision/apply.py) fills it.
+policy (train/precision/apply.py) fills it. What has an attribute `later` computes its weight's gradient when a pipeline
+asks for it, if the pipeline gives it a queue (kernels/weight_gradients.py).
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import nn
 from octofold.kernels.fp8 import Fp8State
 from octofold.kernels.recompute import recomputed
 from octofold.kernels.registry import Kernels
+from octofold.kernels.weight_gradients import WeightGradients, linear
 from octofold.parallel.apply import local
 from octofold.parallel.sequence import WholeSequence
 
@@ -25,11 +27,12 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
         self.fp8: Fp8State | None = None
+        self.later: WeightGradients | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] to [..., out]."""
         weight = local(self.weight)
-        return nn.functional.linear(x, weight) if self.fp8 is None else self.fp8.linear(x, weight)
+        return linear(x, weight, self.later) if self.fp8 is None else self.fp8.linear(x, weight)
 
 
 class Embedding(nn.Embedding):
@@ -89,7 +92,7 @@ class FeedForward(nn.Module):
         if joined is None:
             return torch.cat([gate(x), up(x)], dim=-1)
         # One product with both weights: joining weights copies less than joining activations.
-        return nn.functional.linear(x, joined) if gate.fp8 is None else gate.fp8.linear(x, joined)
+        return linear(x, joined, gate.later) if gate.fp8 is None else gate.fp8.linear(x, joined)
 
 
 def can_join(first: Linear, second: Linear) -> bool:

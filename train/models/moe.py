@@ -11,6 +11,7 @@ from torch import nn
 from octofold.kernels.fp8 import Fp8State
 from octofold.kernels.recompute import is_recomputing, recomputed
 from octofold.kernels.registry import Kernels
+from octofold.kernels.weight_gradients import WeightGradients, grouped_mm
 from octofold.parallel.apply import local
 from octofold.parallel.expert import ExpertRoute, LocalExperts, Routing
 from octofold.train.models.config import ModelConfig
@@ -30,6 +31,7 @@ class StackedExperts(nn.Module):
         super().__init__()
         self.gate_up_fp8: Fp8State | None = None
         self.down_fp8: Fp8State | None = None
+        self.later: WeightGradients | None = None
         experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
@@ -40,10 +42,11 @@ class StackedExperts(nn.Module):
         if self.gate_up_fp8 is not None:
             gate_up = self.gate_up_fp8.grouped(x_ND, w_gate_up, counts_E)
         else:
-            gate_up = kernels.grouped_mm(x_ND, w_gate_up, counts_E)
+            gate_up = grouped_mm(x_ND, w_gate_up, counts_E, kernels, self.later)
         if self.down_fp8 is not None:
             return self.down_fp8.swiglu_grouped(gate_up, w_down, counts_E)
-        return kernels.grouped_mm(recomputed("swiglu", kernels.swiglu, gate_up), w_down, counts_E)
+        activated = recomputed("swiglu", kernels.swiglu, gate_up)
+        return grouped_mm(activated, w_down, counts_E, kernels, self.later)
 
 
 class MixtureOfExperts(nn.Module):
