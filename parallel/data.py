@@ -11,6 +11,7 @@ Between replicas of the data gradients are summed once a step in any case.
 """
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from octofold.parallel.config import ParallelConfig
@@ -36,3 +37,10 @@ def begin_backward(model: FSDPModule, options: ParallelConfig, *, last: bool) ->
     model.set_requires_gradient_sync(last or options.accumulate == "reduced")
     model.set_requires_all_reduce(last)
     model.set_reshard_after_backward(last or options.reshard_after_forward)
+
+
+def let_go(model: nn.Module) -> None:
+    """Release weights that a forward pass without a backward pass has left gathered: parameters are shards again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import recompute_tasks
+import run_tasks
 import torch
 from run_configs import tiny_run, write_corpus
 from tiny_models import SMALL
@@ -86,6 +87,24 @@ def test_gradients_summed_in_bf16(ranks):
     assert any(not torch.equal(found[name], gradient) for name, gradient in exact.items())
     for name, gradient in exact.items():
         assert (found[name] - gradient).norm() < 2**-7 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_an_evaluation_leaves_no_weight_gathered(ranks, reshard, tmp_path):
+    """What is saved after it are shards in the master dtype and their moments."""
+    write_corpus(tmp_path, documents=20)
+
+    def config(eval_every: int) -> Any:
+        train = {"steps": 2, "eval_every": eval_every, "eval_sequences": 2}
+        parallel = {"expert": 2, "reshard_after_forward": reshard}
+        groups: dict[str, Any] = {"precision": {"name": "bf16"}, "checkpoint": {"every_steps": 1}}
+        return tiny_run(tmp_path, 2, train=train, parallel=parallel, **groups)
+
+    expected = ranks(2).run(run_tasks.run, config(0), tmp_path / "plain")[0]["tensors"]
+    found = ranks(2).run(run_tasks.run, config(1), tmp_path / "evaluated")[0]["tensors"]
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].tobytes() == tensor.tobytes(), name
 
 
 def test_refused_by_name(tmp_path):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from octofold.backends.collectives import all_reduce_sum
+from octofold.parallel.data import let_go
 from octofold.parallel.mesh import Meshes
 from octofold.parallel.pipeline import Pipeline
 from octofold.train.data.batch import Batch
@@ -45,5 +46,6 @@ def evaluate(
             totals[0] += nats
             totals[1] += valid_tokens(own.labels_BS)
     model.train()
+    let_go(model)
     nats, tokens = all_reduce_sum(totals).tolist()
     return nats / max(tokens, 1), int(tokens)

@@ -13,6 +13,7 @@ from octofold.backends.process_group import RankInfo, joined
 from octofold.backends.registry import resolve
 from octofold.parallel.config import ParallelConfig
 from octofold.parallel.config import resolve as resolve_degrees
+from octofold.parallel.data import let_go
 from octofold.parallel.pipeline import Pipeline
 from octofold.train.build import COMPUTE_DTYPES, draft_fitting, materialise, rank_memory_bytes
 from octofold.train.checkpoint.manager import Checkpointer, find
@@ -61,6 +62,7 @@ def generate(
         device=device,
     )
     model.train()
+    let_go(model)
     return tokenizer.decode([*ids, *continued])
 
 
