@@ -45,6 +45,10 @@ class ParallelConfig:
     reduce_dtype: str = "master"
     """What gradients are summed over ranks in: master (that of the master weights, FP32) or bf16."""
 
+    placement_every: int = 0
+    """Steps after which experts are packed anew onto the ranks of the expert axis, by their mean loads since the last
+    time (parallel/placement.py); 0: every expert stays where its number puts it."""
+
     pipeline_schedule: str = "1f1b"
     """Of forward and backward passes over micro-batches: gpipe, 1f1b, interleaved, zbv (zero bubble), dualpipev."""
     pipeline_stages: int = 0
@@ -136,6 +140,13 @@ def _check_choices(config: ParallelConfig) -> None:
     for name, legal in CHOICES.items():
         if getattr(config, name) not in legal:
             raise unknown_name_error(f"parallel.{name}", getattr(config, name), legal)
+    every = config.placement_every
+    if every < 0:
+        raise ConfigError("parallel.placement_every", every, "must be at least 0", "parallel.placement_every=0")
+    if every and config.expert == 1:
+        shown = f"parallel.placement_every={every} parallel.expert=1"
+        rule = "experts that all stand on one rank have nowhere to go"
+        raise ConfigError("parallel.placement_every", shown, rule, "parallel.expert=2 or more, or placement_every=0")
     if config.pipeline > 1 and config.accumulate == "reduced":
         shown = f"parallel.accumulate=reduced parallel.pipeline={config.pipeline}"
         rule = "a pipeline's schedule reduces gradients once, after the last micro-batch"

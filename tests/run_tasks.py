@@ -84,7 +84,8 @@ def after(first: Callable[[], None], then: Callable[[], Any]) -> Callable[[], An
 def outcome(trainer: Trainer, run_dir: Path) -> dict[str, Any]:
     """Close the run; its `records` of training steps, and on rank 0 every tensor as a checkpoint names it."""
     trainer.loader.close()
-    tensors = whole(trainer.engine.tensors())
+    with trainer.logical_order():
+        tensors = whole(trainer.engine.tensors())
     if trainer.metrics is not None:
         trainer.metrics.close()
     records = [record for record in read_metrics(run_dir) if record["kind"] == "train"]

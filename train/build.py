@@ -12,11 +12,12 @@ from octofold.backends.process_group import RankInfo
 from octofold.kernels.registry import Choice, Workload, choose
 from octofold.parallel.apply import apply_plan
 from octofold.parallel.config import DENSE_DEGREES, ParallelConfig
-from octofold.parallel.expert_routes import build_route
+from octofold.parallel.expert_routes import NodeOf, build_route
 from octofold.parallel.mesh import Meshes, build_meshes
 from octofold.parallel.pipeline import Pipeline
 from octofold.parallel.pipeline_ends import SharedEnds
 from octofold.parallel.pipeline_split import rank_of_stage, split_layers
+from octofold.parallel.placement_moves import ExpertPlacement
 from octofold.train.config import OptimConfig, RunConfig, TrainConfig
 from octofold.train.data.build import Data
 from octofold.train.engines.native import NativeEngine
@@ -274,6 +275,27 @@ def build_watch(precision: PrecisionConfig, built: BuiltModel, device: torch.dev
     """The watch over all of the model's FP8 modules, of which this rank may have some."""
     names = [name for name in built.names.modules if recipe_for(precision, name) is not None]
     return Watch(fp8_states(built.model), precision.watch_every, device, names)
+
+
+def build_placement(
+    parallel: ParallelConfig, built: BuiltModel, engine: NativeEngine, node_of: NodeOf
+) -> ExpertPlacement | None:
+    """What moves experts between ranks; None where they stay."""
+    if not parallel.placement_every:
+        return None
+    model, modules = built.model, dict(built.model.named_modules())
+    owners = (modules[name.rpartition(".")[0]] for name in model.plan().experts)
+    # The first ranks that share the experts stand for all who do, so that every rank decides alike.
+    nodes = [node_of(rank) for rank in built.meshes.experts.mesh[0, 0, 0, :, 0].tolist()]
+    return ExpertPlacement(
+        built.names.gates,
+        dict(zip(model.gates(), owners, strict=True)),
+        built.meshes.whole["shard"].get_group(),
+        engine.alike,
+        ranks=parallel.expert,
+        nodes=len(set(nodes)),
+        groups=model.config.n_group,
+    )
 
 
 def build_utilisation(config: RunConfig, built: BuiltModel, backend: Backend, info: RankInfo) -> Utilisation:

@@ -8,8 +8,10 @@ import torch
 from octofold.backends.base import Backend
 from octofold.backends.process_group import RankInfo, joined
 from octofold.backends.registry import resolve
+from octofold.backends.topology import Topology
 from octofold.train.build import (
     build_engine,
+    build_placement,
     build_utilisation,
     build_watch,
     draft_fitting,
@@ -81,20 +83,17 @@ def build_trainer(config: RunConfig, run_dir: Path, backend: Backend, info: Rank
     built = built or draft_fitting(config, backend, info, data.tokenizer.vocab_size)
     materialise(built, device, seed=config.train.seed)
     console.startup(config.name, startup_sections(config, built, backend, info, data, run_dir))
+    engine = build_engine(
+        built.model, config.optim, config.train.steps, config.precision.loss_scale, config.parallel, built=built
+    )
     trainer = Trainer(
         config,
         model=built.model,
         pipeline=built.pipeline,
         names=built.names,
         meshes=built.meshes,
-        engine=build_engine(
-            built.model,
-            config.optim,
-            config.train.steps,
-            config.precision.loss_scale,
-            config.parallel,
-            built=built,
-        ),
+        engine=engine,
+        placement=build_placement(config.parallel, built, engine, Topology.read(config.backend, info).node),
         data=data,
         loader=data.loader(
             global_batch_size=config.train.global_batch_size,

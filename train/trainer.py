@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from octofold.backends.errors import UserError
 from octofold.parallel.balance import gather_loads, load_metrics, update_biases
 from octofold.parallel.mesh import Meshes
 from octofold.parallel.pipeline import Pipeline
+from octofold.parallel.placement_moves import ExpertPlacement
 from octofold.parallel.transport import COUNTED, PURPOSES
 from octofold.train.accumulate import Accumulation
 from octofold.train.build import Names
@@ -76,6 +78,7 @@ class Trainer:
         names: Names,
         meshes: Meshes,
         engine: NativeEngine,
+        placement: ExpertPlacement | None,
         data: Data,
         loader: Loader | StreamLoader,
         checkpointer: Checkpointer,
@@ -87,7 +90,7 @@ class Trainer:
         device: torch.device,
     ) -> None:
         """`metrics` is for rank 0 alone."""
-        self.meshes, self.names, self.pipeline = meshes, names, pipeline
+        self.meshes, self.names, self.pipeline, self.placement = meshes, names, pipeline, placement
         self.config, self.model, self.engine, self.data, self.loader = config, model, engine, data, loader
         self.watch, self.utilisation = watch, utilisation
         self.checkpointer, self.console, self.metrics = checkpointer, console, metrics
@@ -106,6 +109,7 @@ class Trainer:
         self.saved_step: int | None = None
         self.last_checkpoint: Path | None = None
         self._skipped_in_row = 0
+        self._rank_imbalance = 1.0
         self._health: Health | None = None
         self._started_s = time.monotonic()
         self._begin_interval()
@@ -141,6 +145,7 @@ class Trainer:
         loads_GE = self._balance(result, schedule)
         self.progress.step += 1
         self.progress.tokens_seen += int(tokens_J[0])
+        self._place(loads_GE)
         balance_sums = take_loss_sums(list(self.gates.values())).to(shares_J)
         wish = shares_J.new_tensor([stop.received is not None])
         sent = take_traffic(self.model).to(shares_J)
@@ -180,6 +185,22 @@ class Trainer:
         if result.applied and biased:
             update_biases(list(biased.values()), loads_GE[list(biased)], schedule.bias_update_rate)
         return loads_GE
+
+    def _place(self, loads_GE: torch.Tensor | None) -> None:
+        """Where experts are packed anew from time to time: remember their loads, move them when it is time."""
+        if self.placement is None or loads_GE is None:
+            return
+        self._rank_imbalance = self.placement.imbalance(loads_GE)
+        self.placement.observe(loads_GE)
+        if self.progress.step % self.config.parallel.placement_every == 0:
+            moved = self.placement.improve()
+            self._interval_moved += moved
+            if moved:
+                forget_weights(self.model)
+
+    def logical_order(self) -> AbstractContextManager[None]:
+        """Every expert where its number puts it, for as long as weights or moments are read. Collective."""
+        return nullcontext() if self.placement is None else self.placement.logical_order()
 
     def _losses(self, losses_J: list[float], balance_sums: list[float]) -> dict[str, Any]:
         """The losses as the metrics name them: cross-entropies, and the means over sequences of balance losses."""
@@ -222,6 +243,7 @@ class Trainer:
             "step_s": elapsed_s / self._interval_steps,
             "time_s": now_s - self._started_s,
             **self._sent_metrics(),
+            **self._placement_metrics(),
             **self.utilisation.metrics(elapsed_s / self._interval_steps),
             **({"precision_health": self._health} if self._health is not None else {}),
             **(self._load_metrics(loads_GE) if loads_GE is not None else {}),
@@ -255,6 +277,7 @@ class Trainer:
     def _begin_interval(self) -> None:
         """Start counting what the next report is averaged over."""
         self._interval_s, self._interval_tokens, self._interval_steps = time.monotonic(), 0, 0
+        self._interval_moved = 0
         self._interval_traffic = torch.zeros(len(COUNTED), dtype=torch.float64)
 
     def _sent_metrics(self) -> dict[str, Any]:
@@ -269,6 +292,12 @@ class Trainer:
         if parallel.expert_capacity:
             metrics["dropped_tokens"] = counted["dropped_tokens"]
         return metrics
+
+    def _placement_metrics(self) -> dict[str, Any]:
+        """How even the load of the last step was over ranks, as experts stood then, and how many have moved since."""
+        if self.placement is None:
+            return {}
+        return {"rank_imbalance": self._rank_imbalance, "moved_experts": self._interval_moved}
 
     def _load_metrics(self, loads_GE: torch.Tensor) -> dict[str, Any]:
         """The loads as the metrics name them: of the worst layer, of all layers, and layer by layer."""
@@ -359,7 +388,10 @@ class Trainer:
             "tokens_seen": self.progress.tokens_seen,
             **self.progress.origin,
         }
-        self.last_checkpoint = self.checkpointer.save(self.progress.step, self.engine.tensors(), state)
+        if self.placement is not None:
+            state["placement"] = self.placement.state_dict()
+        with self.logical_order():
+            self.last_checkpoint = self.checkpointer.save(self.progress.step, self.engine.tensors(), state)
         self.saved_step = self.progress.step
         self._interval_s += time.monotonic() - began_s
 
@@ -369,6 +401,8 @@ class Trainer:
         origin: dict[str, Any] = {k: v for k, v in state.items() if k in ("imported_from", "scale_fmt", "block")}
         self.progress = Progress(state["step"], state["tokens_seen"], origin)
         self.engine.restore(state["updates"], state.get("loss_scale"))
+        if self.placement is not None and "placement" in state:
+            self.placement.load_state_dict(state["placement"])
         forget_weights(self.model)
         if not state.get("weights_only"):
             self.loader.load_state_dict(state["loader"])

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from octofold.backends.process_group import RankInfo
 from octofold.backends.registry import resolve
+from octofold.parallel.placement_moves import slots_by_parameter
 from octofold.train.config import RunConfig
 from octofold.train.console import Console, RunProgress
 from octofold.train.data.batch import Batch
@@ -44,7 +45,8 @@ def record(config: RunConfig, run_dir: Path) -> RankFacts:
             warnings.simplefilter("ignore", FutureWarning)
             witness = _Witness(trainer)
             steps = tuple(witness.step() for _ in range(config.train.steps))
-            return RankFacts(rank, steps, spoken_for(trainer.model.named_parameters()))
+            slots = slots_by_parameter(trainer.model)
+            return RankFacts(rank, steps, spoken_for(trainer.model.named_parameters(), slots=slots))
     finally:
         trainer.loader.close()
         if trainer.metrics is not None:
@@ -52,12 +54,17 @@ def record(config: RunConfig, run_dir: Path) -> RankFacts:
 
 
 @torch.no_grad()
-def spoken_for(named: Iterable[tuple[str, torch.Tensor]], factor: float = 1.0) -> Arrays:
+def spoken_for(
+    named: Iterable[tuple[str, torch.Tensor]], factor: float = 1.0, slots: Mapping[str, torch.Tensor] | None = None
+) -> Arrays:
     """Unsplit copies, times `factor`, of the tensors that this rank speaks for. Collective over each tensor's mesh.
 
     Along an axis that splits a tensor all ranks put the same whole together, so the first of them speaks. Along one
     that copies it each rank speaks for its own copy: nothing but the layout's own sums makes copies equal. A copy on
     the same rank, as the embedding has one where both ends of a pipeline are, is told apart if it differs.
+
+    Args:
+        slots: of experts that do not stand in logical order (parallel/placement_moves.py).
     """
     spoken: Arrays = {}
     for name, tensor in named:
@@ -68,6 +75,7 @@ def spoken_for(named: Iterable[tuple[str, torch.Tensor]], factor: float = 1.0) -
             split = [not isinstance(placement, Replicate) for placement in tensor.placements]
             speaks = not any(place for place, is_split in zip(coordinate, split, strict=True) if is_split)
         if speaks:
+            whole = whole[slots[name]] if slots and name in slots else whole
             wide = whole.detach() if whole.dtype == torch.float64 else whole.detach().float()
             value = (wide * factor).cpu().numpy()
             is_other = name in spoken and not np.array_equal(spoken[name], value)
@@ -104,14 +112,14 @@ class _Witness(RunProgress):
         return batches
 
     def _update(self) -> StepResult:
-        engine = self._trainer.engine
+        engine, model = self._trainer.engine, self._trainer.model
         ends = engine.ends
         if ends is not None:  # the last of the sums that make a gradient, which the engine would do first
             ends.sum_gradients()
         # Zeros where the backward pass has not been: a rank without a gradient takes part in putting it together.
-        named = self._trainer.model.named_parameters()
+        named = model.named_parameters()
         graded = [(name, torch.zeros_like(p) if p.grad is None else p.grad) for name, p in named]
-        self._facts["gradients"] = spoken_for(graded, 1 / engine.scaler.scale)
+        self._facts["gradients"] = spoken_for(graded, 1 / engine.scaler.scale, slots_by_parameter(model))
         self._facts["loads"] = {n: gate.load_E.cpu().numpy().copy() for n, gate in self._trainer.gates.items()}
         engine.ends = None
         try:

@@ -60,6 +60,8 @@ class MixtureOfExperts(nn.Module):
         shared_width = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = FeedForward(config.hidden_size, shared_width, kernels) if shared_width else None
         self.run_experts: ExpertRoute = LocalExperts()
+        self.slot_E: torch.Tensor | None = None
+        """Where each expert stands among the stacked ones (parallel/placement_moves.py); None: in logical order."""
 
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """[B, P, D] to [B, P, D]; in training mode the gate's `load_E` counts the copies sent to each expert."""
@@ -68,6 +70,8 @@ class MixtureOfExperts(nn.Module):
         counts_E = torch.bincount(experts_TK.flatten(), minlength=self.gate.load_E.shape[0])
         if self.training and not is_recomputing():
             self.gate.load_E += counts_E
+        if self.slot_E is not None:
+            experts_TK, counts_E = self.slot_E[experts_TK], torch.zeros_like(counts_E).scatter(0, self.slot_E, counts_E)
         shared_BSD: torch.Tensor | None
         routed_TD, shared_BSD = self.run_experts(
             self.experts,
