@@ -12,7 +12,7 @@ from typing import Any
 from torch.distributed.pipelining.schedules import _Action, _ComputationType, get_schedule_class
 
 from octofold.parallel.config import ParallelConfig
-from octofold.parallel.pipeline_split import SCHEDULES, rank_of_stage, stages_a_rank
+from octofold.parallel.pipeline_split import SCHEDULES, rank_of_stage, split_layers, stages_a_rank
 
 FORWARD, FULL, INPUT, WEIGHT = (
     _ComputationType.FORWARD,
@@ -176,3 +176,27 @@ def simulate_schedule(config: ParallelConfig, micro_batches: int, costs: Sequenc
         costs: of each stage.
     """
     return simulate(action_table(config, micro_batches), costs, rank_of_stage(config))
+
+
+def stage_costs(config: ParallelConfig, layers: int, depths: int, of_layer: StageCost) -> list[StageCost]:
+    """Costs of the stages that `split_layers` makes, from those of one layer and the layers that the ends count as.
+
+    Args:
+        config: checked by `check_pipeline`.
+        layers, depths: of the model.
+    """
+    costs = []
+    for part in split_layers(config, layers, depths):
+        held = float(len(part.layers))
+        held += config.pipeline_embedding_layers if part.first else 0.0
+        held += config.pipeline_head_layers * (1 + depths) + depths if part.last else 0.0
+        costs.append(
+            StageCost(
+                held * of_layer.forward_s,
+                held * of_layer.backward_input_s,
+                held * of_layer.backward_weight_s,
+                of_layer.send_s,
+                held * of_layer.activation_bytes,
+            )
+        )
+    return costs

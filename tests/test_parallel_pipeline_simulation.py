@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octofold.parallel.config import ParallelConfig
-from octofold.parallel.pipeline_simulation import StageCost, action_table, simulate_schedule
+from octofold.parallel.pipeline_simulation import StageCost, action_table, simulate_schedule, stage_costs
 from octofold.parallel.pipeline_split import SCHEDULES, stages_a_rank
 
 
@@ -82,3 +82,10 @@ def test_the_slowest_stage_sets_the_pace():
     found = simulate_schedule(parallel, 10, [StageCost(1, 1, 1), StageCost(2, 2, 2)])
     # The second rank is never idle but for the first forward pass before and the first rank's last backward after it.
     assert found.step_s == pytest.approx(10 * 6 + 1 + 2)
+
+
+def test_costs_of_stages_count_what_stands_at_the_ends():
+    parallel = ParallelConfig(pipeline=2, data_shard=1, pipeline_embedding_layers=0.5, pipeline_head_layers=2.0)
+    costs = stage_costs(parallel, 8, 1, StageCost(1.0, 2.0, 3.0, send_s=0.1, activation_bytes=10.0))
+    # 6.5 layers with the embedding; 2 with two heads and a depth, which is a layer.
+    assert costs == [StageCost(6.5, 13.0, 19.5, 0.1, 65.0), StageCost(7.0, 14.0, 21.0, 0.1, 70.0)]

@@ -134,3 +134,23 @@ def test_validation_and_text_are_those_of_one_rank(root, ranks, tmp_path):
             assert found["training"]
         for found in ranks(2).run(run_tasks.write, config, tmp_path / schedule, requests):
             assert found == (texts, True)
+
+
+@pytest.mark.parametrize(("schedule", "precision"), [("1f1b", "fp8_tensor_delayed"), ("dualpipev", "fp8_block")])
+def test_fp8_states_and_their_health_are_those_of_one_rank(schedule, precision, root, ranks, tmp_path):
+    """Histories, watched modules and how often each was seen; the loss within what rounding may do."""
+    groups = groups_of(MTP, 2, {"pipeline": 2, "pipeline_schedule": schedule})
+    settings = {"name": precision, "arithmetic": "emulate", "block": 16, "watch_every": 1}
+    one = {**groups_of(MTP, 2, {}), "precision": settings, "optim": {"moments": "fp32"}}
+    expected = run_tasks.alone(run_tasks.run, tiny_run(root, **one), tmp_path / "alone")
+    piped = {**groups, "precision": settings, "optim": {"moments": "fp32"}}
+    found = joined(ranks(2).run(run_tasks.run, tiny_run(root, 2, **piped), tmp_path / "piped"))
+    assert found["tensors"].keys() == expected["tensors"].keys()
+    for a, b in zip(found["records"], expected["records"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=5e-2)
+        for kind, modules in b["precision_health"].items():
+            assert a["precision_health"][kind].keys() == modules.keys(), kind
+    first, first_alone = found["records"][0]["precision_health"], expected["records"][0]["precision_health"]
+    for module, health in first_alone["gradient"].items():
+        assert first["gradient"][module]["amax"] == pytest.approx(health["amax"], rel=0.1), module
