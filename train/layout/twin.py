@@ -74,7 +74,10 @@ def twin(config: RunConfig, folder: Path, *, steps: int, precision: PrecisionCon
         config,
         resume=None,
         model=model,
-        parallel=replace(parallel, expert_route=route, reduce_dtype="master"),
+        # Experts that move do so within the few steps.
+        parallel=replace(
+            parallel, expert_route=route, reduce_dtype="master", placement_every=min(parallel.placement_every, 1)
+        ),
         data=_small_data(config.data, parallel, folder),
         precision=precision,
         optim=_small_optim(config.optim, precision),
