@@ -1,17 +1,33 @@
 """Collectives over process groups and plain tensors."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 
 Group = dist.ProcessGroup
+Sum = Callable[[torch.Tensor], torch.Tensor]
+"""Sums a tensor over all ranks of a group, in place, and returns it."""
+
+sums: WeakKeyDictionary[Group, Sum] = WeakKeyDictionary()
+"""Groups over which sums are not taken in one step (backends/hierarchical.py)."""
 
 
 def all_reduce_sum(values: torch.Tensor, group: Group | None = None) -> torch.Tensor:
-    """Sum `values` over the group, in place, and return it."""
+    """Sum `values` over the group (None: all ranks), in place, and return it."""
+    group = group or world()
+    if group in sums:
+        return sums[group](values)
     dist.all_reduce(values, op=dist.ReduceOp.SUM, group=group)
     return values
+
+
+def world() -> Group:
+    """The default group, of all ranks."""
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
 
 
 def exchange_counts(counts: torch.Tensor, group: Group) -> torch.Tensor:
@@ -46,14 +62,14 @@ def all_gather_stack(x: torch.Tensor, group: Group) -> torch.Tensor:
     """[n, ...], contiguous and alike on every rank, to [ranks, n, ...]."""
     gathered = x.new_empty((group.size(), *x.shape))
     # Gloo wants the ranks' parts as one dim, NCCL takes both.
-    dist.all_gather_into_tensor(gathered.flatten(0, 1), x, group=group)
+    dist.all_gather_single(gathered.flatten(0, 1), x, group=group)
     return gathered
 
 
 def reduce_scatter_stack(x: torch.Tensor, group: Group) -> torch.Tensor:
     """[ranks, n, ...], contiguous, to the sum over ranks of the part that is this rank's, [n, ...]."""
     own = x.new_empty(x.shape[1:])
-    dist.reduce_scatter_tensor(own, x.flatten(0, 1), op=dist.ReduceOp.SUM, group=group)
+    dist.reduce_scatter_single(own, x.flatten(0, 1), op=dist.ReduceOp.SUM, group=group)
     return own
 
 
@@ -81,3 +97,34 @@ def start_exchange_rows(
     work = dist.all_to_all_single(received, rows, receive_counts, send_counts, group=group, async_op=True)
     assert work is not None
     return PendingRows(received, rows, work)
+
+
+def all_gather_bytes(own: bytes, device: torch.device) -> list[bytes]:
+    """What each rank of the world gives, in the order of ranks.
+
+    Args:
+        device: of the tensors that ranks exchange.
+    """
+    sizes = all_gather_stack(torch.tensor([len(own)], device=device), world()).flatten().tolist()
+    # One more than the longest, so that no size is 0.
+    padded = torch.zeros(max(sizes) + 1, dtype=torch.uint8, device=device)
+    padded[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device) if own else 0
+    gathered = all_gather_stack(padded, world()).cpu()
+    return [bytes(row[:size].tolist()) for row, size in zip(gathered, sizes, strict=True)]
+
+
+def send_and_receive(
+    sent: list[tuple[torch.Tensor, int]], received: list[tuple[torch.Tensor, int]], group: Group
+) -> None:
+    """Messages to and from other ranks, all at once; returns when all have been sent and have arrived.
+
+    Between two ranks they arrive in the order in which both name them.
+
+    Args:
+        sent: contiguous tensors, and the ranks in the group that get them.
+        received: tensors to fill, and the ranks that they come from.
+    """
+    messages = [dist.P2POp(dist.isend, x, group=group, group_peer=rank) for x, rank in sent]
+    messages += [dist.P2POp(dist.irecv, x, group=group, group_peer=rank) for x, rank in received]
+    for work in dist.batch_isend_irecv(messages) if messages else []:
+        work.wait()

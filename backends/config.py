@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from octofold.backends.errors import ConfigError, check_finite
+from octofold.backends.errors import ConfigError, check_finite, unknown_name_error
+
+ALL_REDUCES = ["flat", "hierarchical"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,9 @@ class BackendConfig:
     """Ranks that share a node's fast links; 0: as the launcher says (LOCAL_WORLD_SIZE, or Slurm's tasks a node)."""
     ranks_per_supernode: int = 0
     """Ranks whose nodes share one fast plane, such as an Atlas 900 A3's; 0: there are no supernodes."""
+    all_reduce: str = "flat"
+    """How the trainer's own sums over all ranks are taken: flat, in one step; hierarchical, inside nodes, then between
+    them. Sums of gradients follow parallel.data_replicate."""
     peak_tflops_bf16: float = 0.0
     """Peak of the device for dense BF16 products in TFLOP/s, for MFU; 0: what is known of the device."""
     peak_tflops_fp8: float = 0.0
@@ -28,6 +33,8 @@ class BackendConfig:
 def check(backend: BackendConfig, world_size: int) -> None:
     """Raise `ConfigError` for a number that no device has, or nodes that `world_size` ranks do not fill."""
     check_finite("backend.timeout_s", backend.timeout_s, least=1.0)
+    if backend.all_reduce not in ALL_REDUCES:
+        raise unknown_name_error("backend.all_reduce", backend.all_reduce, ALL_REDUCES)
     for name in ("peak_tflops_bf16", "peak_tflops_fp8"):
         check_finite(f"backend.{name}", getattr(backend, name), least=0.0)
     for name in ("ranks_per_node", "ranks_per_supernode"):

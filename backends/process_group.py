@@ -33,6 +33,12 @@ class RankInfo:
             local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
         )
 
+    @staticmethod
+    def of_one_machine() -> "RankInfo":
+        """The place in the default process group of a job whose ranks all stand on this machine."""
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        return RankInfo(rank, ranks, rank, ranks)
+
 
 @contextmanager
 def joined(backend: Backend, config: BackendConfig, info: RankInfo) -> Iterator[None]:

@@ -17,7 +17,7 @@ from octofold.train.models.config import ModelConfig
 # What a continued run may change by itself; all else would make the saved model, optimiser or data order another one's.
 FREE_KEYS = re.compile(
     r"(name|run_dir|resume|launch\..*|checkpoint\..*|train\.(steps|log_every|eval_every|(final_)?eval_sequences|sample_prompt"
-    r"|sample_tokens|wandb|tensorboard)|backend\.(threads|timeout_s)|data\.(workers|cache_dir))"
+    r"|sample_tokens|log_communication|wandb|tensorboard)|backend\.(threads|timeout_s)|data\.(workers|cache_dir))"
 )
 
 

@@ -14,8 +14,23 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from octofold.backends.collectives import exchange_rows
+from octofold.backends.accounting import Accounting, over_ranks
+from octofold.backends.collectives import (
+    Group,
+    all_gather_bytes,
+    all_gather_stack,
+    all_reduce_sum,
+    exchange_rows,
+    reduce_scatter_stack,
+    send_and_receive,
+    world,
+)
+from octofold.backends.errors import ConfigError
+from octofold.backends.hierarchical import sums_taken
 from octofold.backends.observing import Call, group_name, name_group, observed
+from octofold.backends.topology import Topology
+from octofold.train.build import draft_model
+from octofold.train.config import RunConfig
 
 WIDTH = 4
 
@@ -117,3 +132,69 @@ def lone_messages() -> Seen:
         dist.send(x, 1) if rank == 0 else dist.recv(x, 0)
 
     return seen_of(act)
+
+
+def routes_of(config: RunConfig) -> set[str]:
+    """The kinds of routes to experts that a drafted model has."""
+    model = draft_model(config, torch.device("cpu"), config.model.vocab_size).model
+    routes = [module.run_experts for module in model.modules() if hasattr(module, "run_experts")]
+    return {type(route).__name__ for route in routes}
+
+
+# --- sums, messages, costs -------------------------------------------------------------------------------------------
+
+
+def hierarchical(values: list[torch.Tensor], topology: Topology, members: list[int]) -> torch.Tensor | str | None:
+    """`values[rank]` summed in steps over a group of `members`; a refusal's text; None outside the group."""
+    rank = dist.get_rank()
+    group = dist.new_group(members)
+    if rank not in members:
+        return None
+    assert isinstance(group, Group)
+    own = values[rank].clone()
+    try:
+        with sums_taken("hierarchical", group, topology):
+            summed = all_reduce_sum(own, group)
+    except ConfigError as error:
+        return str(error)
+    assert summed.data_ptr() == own.data_ptr(), "in place"
+    flat = all_reduce_sum(values[rank].clone(), group)
+    torch.testing.assert_close(summed, flat, rtol=1e-12, atol=0)
+    return summed
+
+
+def texts(own: list[bytes]) -> list[bytes]:
+    """All ranks' texts."""
+    return all_gather_bytes(own[dist.get_rank()], torch.device("cpu"))
+
+
+def round_trip() -> list[list[float]]:
+    """Each rank sends two messages to the next and gets two from the rank before."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    sent = [(torch.full((n,), float(rank)), (rank + 1) % ranks) for n in (1, 3)]
+    received = [(torch.empty(n), (rank - 1) % ranks) for n in (1, 3)]
+    send_and_receive(sent, received, world())
+    send_and_receive([], [], world())
+    return [x.tolist() for x, _ in received]
+
+
+def stacks(x_RRN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """all_gather_stack of this rank's first row, and reduce_scatter_stack of its rows."""
+    own_RN = x_RRN[dist.get_rank()].contiguous()
+    return all_gather_stack(own_RN[0].contiguous(), world()), reduce_scatter_stack(own_RN, world())
+
+
+def costs(topology: Topology, steps: int) -> dict[str, dict[str, Any]]:
+    """Of a few calls over all ranks and over pairs, over nodes of two."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    pairs = [dist.new_group([0, 1], group_desc="first pair"), dist.new_group([2, 3], group_desc="second pair")]
+    accounting = Accounting(topology)
+    with observed(accounting):
+        exchange_rows(torch.zeros(ranks, 3), [1] * ranks, [1] * ranks, world())
+        all_reduce_sum(torch.zeros(8))
+        all_gather_stack(torch.zeros(2), world())
+        dist.broadcast(torch.zeros(5), 1)
+        dist.all_reduce(torch.zeros(2), group=pairs[rank // 2])
+    taken = accounting.take()
+    assert not accounting.take()
+    return over_ranks(taken, steps, torch.device("cpu"))

@@ -1,8 +1,10 @@
 """Nodes, supernodes and links, against counting; layouts that a launcher or a user got wrong."""
 
+import collective_tasks
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from run_configs import tiny_run, write_corpus
 
 from octofold.backends.config import BackendConfig, check
 from octofold.backends.errors import ConfigError
@@ -83,3 +85,10 @@ def test_sizes_that_do_not_fit(per_node, per_supernode, world_size, rule):
 )
 def test_sizes_that_fit(per_node, per_supernode, world_size):
     check(BackendConfig(ranks_per_node=per_node, ranks_per_supernode=per_supernode), world_size)
+
+
+@pytest.mark.parametrize(("per_node", "route"), [(0, "FlatExperts"), (1, "TwoStageExperts")])
+def test_experts_on_several_nodes_are_reached_in_two_stages(per_node, route, ranks, tmp_path):
+    groups = {"model": {"vocab_size": 64}, "parallel": {"expert": 2}, "backend": {"ranks_per_node": per_node}}
+    config = tiny_run(write_corpus(tmp_path), 2, **groups)
+    assert ranks(2).run(collective_tasks.routes_of, config) == [{route}] * 2

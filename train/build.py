@@ -9,6 +9,7 @@ import torch
 from octofold.backends.base import Backend
 from octofold.backends.errors import ConfigError
 from octofold.backends.process_group import RankInfo
+from octofold.backends.topology import Topology
 from octofold.kernels.registry import Choice, Workload, choose
 from octofold.parallel.apply import apply_plan
 from octofold.parallel.config import DENSE_DEGREES, ParallelConfig
@@ -72,6 +73,7 @@ class BuiltModel:
     """What runs `Stages`."""
     names: Names
     meshes: Meshes
+    topology: Topology
     choices: list[Choice]
     count: ParameterCount
     need: MemoryNeed
@@ -92,14 +94,23 @@ def model_config(model: ModelConfig, tokenizer_size: int) -> ModelConfig:
     return replace(model, vocab_size=rounded)
 
 
-def draft_model(config: RunConfig, device: torch.device, tokenizer_size: int, *, training: bool = True) -> BuiltModel:
+def draft_model(
+    config: RunConfig,
+    device: torch.device,
+    tokenizer_size: int,
+    *,
+    training: bool = True,
+    topology: Topology | None = None,
+) -> BuiltModel:
     """The configured model over the default process group, without allocating it.
 
     Args:
         config: with `parallel` resolved.
         tokenizer_size: fills in a vocabulary size of 0.
         training: the memory counted includes gradients and moments.
+        topology: None: all ranks stand on one node, unless the configuration says otherwise.
     """
+    topology = topology or Topology.read(config.backend, RankInfo.of_one_machine())
     shape = model_config(config.model, tokenizer_size)
     compute_dtype = COMPUTE_DTYPES[config.precision.name]
     master_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
@@ -131,7 +142,7 @@ def draft_model(config: RunConfig, device: torch.device, tokenizer_size: int, *,
             part.plan(),
             meshes,
             config.parallel,
-            make_route=partial(build_route, config.parallel, device=device),
+            make_route=partial(build_route, config.parallel, device=device, node_of=topology.node),
             compute_dtype=compute_dtype,
             master_dtype=master_dtype,
         )
@@ -147,7 +158,7 @@ def draft_model(config: RunConfig, device: torch.device, tokenizer_size: int, *,
         micro_batches=micro_batches(config.train, config.parallel),
         kept_copies=kept_copies(here),
     )
-    return BuiltModel(here, pipeline, names, meshes, choices, count, need)
+    return BuiltModel(here, pipeline, names, meshes, topology, choices, count, need)
 
 
 def stages_of(model: Decoder, parallel: ParallelConfig, meshes: Meshes) -> Stages:
@@ -210,11 +221,12 @@ def draft_fitting(
     """`draft_model`, refused where it does not fit a rank's memory. Collective: all ranks decide alike.
 
     Raises:
-        ConfigError: see `require_memory`.
+        ConfigError: see `require_memory` and `Topology.read`.
     """
     device = backend.device(info.local_rank)
     require_arithmetic(config.precision, backend.capabilities(info.local_rank))
-    built = draft_model(config, device, tokenizer_size, training=training)
+    topology = Topology.read(config.backend, info)
+    built = draft_model(config, device, tokenizer_size, training=training, topology=topology)
     require_memory(
         config.model.name,
         built.count,
@@ -346,7 +358,7 @@ def startup_sections(
             "vocabulary": shape.vocab_size,
         },
         "layout": {
-            "ranks": f"{info.world_size} ({backend.collective_library})",
+            "ranks": f"{info.world_size} ({backend.collective_library}), {built.topology.ranks_per_node} a node",
             **{name: getattr(degrees, name) for name in DENSE_DEGREES if getattr(degrees, name) > 1},
             "expert": f"{degrees.expert} (x expert_data {degrees.expert_data})",
             **_pipeline_row(degrees, shape),

@@ -66,6 +66,8 @@ class TrainConfig:
     sample_prompt: str = "def "
     sample_tokens: int = 200
     """Tokens of the sample printed at the end; 0: none."""
+    log_communication: bool = True
+    """Count and time collectives into the metrics."""
     wandb: bool = False
     """Also log to Weights & Biases (offline unless logged in)."""
     tensorboard: bool = False

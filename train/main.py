@@ -8,7 +8,6 @@ import torch
 from octofold.backends.base import Backend
 from octofold.backends.process_group import RankInfo, joined
 from octofold.backends.registry import resolve
-from octofold.backends.topology import Topology
 from octofold.train.build import (
     build_engine,
     build_placement,
@@ -92,8 +91,9 @@ def build_trainer(config: RunConfig, run_dir: Path, backend: Backend, info: Rank
         pipeline=built.pipeline,
         names=built.names,
         meshes=built.meshes,
+        topology=built.topology,
         engine=engine,
-        placement=build_placement(config.parallel, built, engine, Topology.read(config.backend, info).node),
+        placement=build_placement(config.parallel, built, engine, built.topology.node),
         data=data,
         loader=data.loader(
             global_batch_size=config.train.global_batch_size,

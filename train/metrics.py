@@ -4,8 +4,8 @@ A record is a flat dict with `kind` and `step`; its fields by kind (losses in na
 
     train       loss, mtp_losses, sequence_loss, expert_loss, device_loss, communication_loss, z_loss, lr, grad_norm,
                 applied, loss_scale, overflows, tokens, tokens_per_s, step_s, time_s, model_tflops, mfu,
-                precision_health, sent_bytes, network_bytes, dropped_tokens, imbalance, unused_experts, balance,
-                expert_load
+                precision_health, communication, sent_bytes, network_bytes, dropped_tokens, imbalance, unused_experts,
+                balance, expert_load
     validation  loss, loss_per_byte, tokens
     final       validation_loss, validation_loss_per_byte, baselines (nats/byte by name), sample, train_s
 
@@ -32,6 +32,13 @@ Fields of `train` that need a word:
     network_bytes   those of them that went to ranks of other nodes; absent where none did
     dropped_tokens  copies of tokens that found no place at their expert in a step, over all ranks and layers; absent
                     without parallel.expert_capacity
+    communication   collectives of a step, summed over all ranks: dict from group/collective (`expert/all_to_all`; a
+                    group of all ranks is `world`) to a dict; absent under train.log_communication=false
+        calls
+        bytes               that ranks send (`octofold.backends.accounting` says how they are counted), by class of
+                            link: node, supernode, network (`octofold.backends.topology`)
+        seconds             from each call until it was complete, other ranks' delay included; calls overlap with one
+                            another and with computation; absent on accelerators
     imbalance       busiest expert's load ÷ mean load in the layer where it is largest
     unused_experts  experts that no token chose, counted over all layers
     balance         dict of `imbalance`, `unused_share` and `load_entropy`, each a dict from layer to number

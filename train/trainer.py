@@ -10,8 +10,12 @@ from typing import Any
 
 import torch
 
-from octofold.backends.collectives import all_reduce_sum
+from octofold.backends.accounting import Accounting, over_ranks
+from octofold.backends.collectives import all_reduce_sum, world
 from octofold.backends.errors import UserError
+from octofold.backends.hierarchical import sums_taken
+from octofold.backends.observing import observed
+from octofold.backends.topology import Topology
 from octofold.parallel.balance import gather_loads, load_metrics, update_biases
 from octofold.parallel.mesh import Meshes
 from octofold.parallel.pipeline import Pipeline
@@ -77,6 +81,7 @@ class Trainer:
         pipeline: Pipeline | None,
         names: Names,
         meshes: Meshes,
+        topology: Topology,
         engine: NativeEngine,
         placement: ExpertPlacement | None,
         data: Data,
@@ -94,7 +99,8 @@ class Trainer:
         self.config, self.model, self.engine, self.data, self.loader = config, model, engine, data, loader
         self.watch, self.utilisation = watch, utilisation
         self.checkpointer, self.console, self.metrics = checkpointer, console, metrics
-        self.rank, self.device = rank, device
+        self.topology, self.rank, self.device = topology, rank, device
+        self.accounting = Accounting(topology) if config.train.log_communication else None
         self.gates = model.gates()
         self.accumulation = Accumulation(
             model,
@@ -118,11 +124,15 @@ class Trainer:
         """Train to the configured number of steps; False: stopped by a signal. Saves in both cases."""
         train = self.config.train
         self._started_s = time.monotonic()
-        with self.console.progress(train.steps, self.progress.step) as bar:
+        with (
+            self.console.progress(train.steps, self.progress.step) as bar,
+            sums_taken(self.config.backend.all_reduce, world(), self.topology),
+        ):
             self._begin_interval()
             going_on = True
             while going_on and self.progress.step < train.steps:
-                going_on = self.step(stop, bar)
+                with nullcontext() if self.accounting is None else observed(self.accounting):
+                    going_on = self.step(stop, bar)
                 if self.progress.step == train.steps or not going_on:
                     break
                 if train.eval_every and self.progress.step % train.eval_every == 0:
@@ -245,6 +255,7 @@ class Trainer:
             **self._sent_metrics(),
             **self._placement_metrics(),
             **self.utilisation.metrics(elapsed_s / self._interval_steps),
+            **self._communication_metrics(),
             **({"precision_health": self._health} if self._health is not None else {}),
             **(self._load_metrics(loads_GE) if loads_GE is not None else {}),
         }
@@ -298,6 +309,14 @@ class Trainer:
         if self.placement is None:
             return {}
         return {"rank_imbalance": self._rank_imbalance, "moved_experts": self._interval_moved}
+
+    def _communication_metrics(self) -> dict[str, Any]:
+        """What a step's collectives cost, over all ranks. Collective."""
+        if self.accounting is None:
+            return {}
+        costs = over_ranks(self.accounting.take(), self._interval_steps, self.device)
+        self.accounting.take()  # what gathering them cost
+        return {"communication": costs}
 
     def _load_metrics(self, loads_GE: torch.Tensor) -> dict[str, Any]:
         """The loads as the metrics name them: of the worst layer, of all layers, and layer by layer."""
