@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from octofold.backends.collectives import Group
 from octofold.backends.errors import ConfigError
+from octofold.parallel.compile import apply_compile
 from octofold.parallel.config import ParallelConfig
 from octofold.parallel.data import precision_policy
 from octofold.parallel.expert import ExpertRoute
@@ -56,6 +57,8 @@ def apply_plan(
     _split_experts(model, plan, meshes, make_route)
     _split_sequences(model, plan, meshes)
     apply_recompute(model, plan, options.recompute)
+    if options.compile:
+        apply_compile(model, plan)
     policy = precision_policy(options, compute_dtype=compute_dtype, master_dtype=master_dtype)
     shards = _Shards.over(model, plan, meshes)
     # Experts in a unit of their own: the rest of a block can compute while they are gathered.

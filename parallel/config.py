@@ -45,6 +45,8 @@ class ParallelConfig:
     reduce_dtype: str = "master"
     """What gradients are summed over ranks in: master (that of the master weights, FP32) or bf16."""
 
+    compile: bool = False
+    """Compile the norms with torch.compile, which takes a minute at the start (parallel/compile.py)."""
     placement_every: int = 0
     """Steps after which experts are packed anew onto the ranks of the expert axis, by their mean loads since the last
     time (parallel/placement.py); 0: every expert stays where its number puts it."""
@@ -140,6 +142,10 @@ def _check_choices(config: ParallelConfig) -> None:
     for name, legal in CHOICES.items():
         if getattr(config, name) not in legal:
             raise unknown_name_error(f"parallel.{name}", getattr(config, name), legal)
+    if config.compile and config.recompute == "selective":
+        shown = "parallel.compile=true parallel.recompute=selective"
+        rule = "what is formed again must be what was compiled, bit for bit, and selective recompute forms it without"
+        raise ConfigError("parallel.compile", shown, rule, "parallel.compile=false, or recompute=swiglu or full")
     every = config.placement_every
     if every < 0:
         raise ConfigError("parallel.placement_every", every, "must be at least 0", "parallel.placement_every=0")

@@ -18,6 +18,8 @@ class ParallelPlan:
     """Modules whose weight [out, in] tensor ranks split along in: each computes a part of every output's sum."""
     sequences: tuple[str, ...] = ()
     """Modules with an attribute `sequence` (parallel/sequence.py), through which they see tokens of other ranks."""
+    compiled: tuple[str, ...] = ()
+    """Modules with a method `compute` of a tensor, without collectives or effects, that torch.compile may take."""
 
 
 @dataclass(frozen=True)

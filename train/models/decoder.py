@@ -211,6 +211,7 @@ class Decoder(nn.Module):
             columns=tuple(name for name in named if name.rpartition(".")[2] in COLUMNS),
             rows=tuple(name for name in named if name.rpartition(".")[2] in ROWS),
             sequences=tuple(name for name, module in named.items() if hasattr(module, "sequence")),
+            compiled=tuple(name for name, module in named.items() if isinstance(module, RMSNorm)),
         )
 
     def gates(self) -> dict[int, TopKGate]:

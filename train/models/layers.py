@@ -61,9 +61,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] to [..., D]."""
-        return recomputed("norm", self._norm, x)
+        return recomputed("norm", self.compute, x)
 
-    def _norm(self, x: torch.Tensor) -> torch.Tensor:
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """The norm itself, which may be compiled (parallel/compile.py)."""
         return self.kernels.rms_norm(x, self.weight, self.eps)
 
 

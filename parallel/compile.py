@@ -1,0 +1,42 @@
+"""torch.compile for what a model declares: functions of their input and a weight, without collectives or effects.
+
+Norms, today. Attention and feed-forward networks are not declared: the autograd functions of their kernels write in
+place where torch.compile cannot follow, and the exchange with experts waits for sizes. Compiled in training only:
+evaluation and generation have shapes of many lengths, each of which would be compiled anew.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from octofold.backends.errors import ConfigError
+from octofold.parallel.plan import ParallelPlan
+
+
+def apply_compile(model: nn.Module, plan: ParallelPlan) -> None:
+    """Compile the method `compute` of the modules that a plan calls `compiled`, in place.
+
+    Raises:
+        ConfigError: there is no C++ compiler for a model on the CPU.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        rule = f"torch.compile needs a C++ compiler; {compiler} is not there"
+        raise ConfigError("parallel.compile", "true", rule, "install g++, set CXX, or parallel.compile=false")
+    for name in plan.compiled:
+        module = model.get_submodule(name)
+        plain = module.compute
+        assert callable(plain)
+        # One graph, so that nothing falls back to running uncompiled without a word.
+        setattr(module, "compute", partial(_in_training, torch.compile(plain, fullgraph=True), plain))  # noqa: B010
+
+
+Compute = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _in_training(compiled: Compute, plain: Compute, x: torch.Tensor) -> torch.Tensor:
+    return compiled(x) if torch.is_grad_enabled() else plain(x)
