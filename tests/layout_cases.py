@@ -39,6 +39,7 @@ DEFAULT = [
 SINGLE = _cases(1, "data_shard=4", "data_shard=8", "data_replicate=4", "expert=4", "expert=8")
 SINGLE += _cases(4, "tensor=4", "context=4")
 SINGLE += _cases(2, "pipeline=4", "pipeline=2 pipeline_schedule=gpipe", "pipeline=2 pipeline_schedule=interleaved")
+SINGLE += _cases(2, "data_shard=2 compile=true")
 SINGLE += _cases(1, "pipeline=2 pipeline_schedule=zbv", "pipeline=2 pipeline_schedule=dualpipev")
 PAIRS = [
     *_cases(1, "data_replicate=2 data_shard=2", "data_shard=4 expert=2", "data_replicate=2 expert=2"),

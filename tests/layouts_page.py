@@ -36,6 +36,7 @@ REFUSED = [
     "parallel.expert=2 parallel.expert_route=two_stage parallel.expert_capacity=1.25",
     "parallel.expert=2 parallel.expert_tensor=2 parallel.expert_route=deepep",
     "parallel.recompute=some",
+    "parallel.compile=true parallel.recompute=selective",
     "parallel.data_shard=2 parallel.placement_every=100",
     "parallel.data_shard=2 parallel.reduce_dtype=bf16",
     "parallel.data_shard=2 parallel.reduce_dtype=bf16 precision=fp64",
