@@ -12,6 +12,7 @@ import torch
 from layout_cases import DEFAULT, FULL, Case
 
 from octofold.backends.errors import ConfigError
+from octofold.backends.topology import Topology
 from octofold.launch.compose import apply, compose, parse
 from octofold.launch.verify import VerifyConfig
 from octofold.parallel.config import DENSE_DEGREES, ParallelConfig
@@ -159,7 +160,7 @@ def refusal(text: str) -> ConfigError | None:
     try:
         checked = validate(job, ranks)
         if checked.precision.is_fp8:
-            draft_model(checked, torch.device("cpu"), 320)
+            draft_model(checked, torch.device("cpu"), 320, topology=Topology(ranks, ranks))
     except ConfigError as error:
         return error
     return None
