@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octofold.backends.errors import ConfigError
+from octofold.backends.errors import ConfigError, UserError
 from octofold.launch.config import JobConfig
 from octofold.launch.job import draft, settle
 from octofold.launch.run_folder import make_run_folder, write_config
@@ -83,6 +83,9 @@ def _asked(texts: Sequence[str], config_dirs: Sequence[str]) -> JobConfig:
     if job.resume is not None:
         rule = "a layout is verified from initial weights"
         raise ConfigError("resume", job.resume, rule, "leave resume out")
+    if job.parallel.expert_route == "deepep":
+        rule = "DeepEP runs on CUDA, and a layout is verified on CPUs"
+        raise ConfigError("parallel.expert_route", "deepep", rule, "parallel.expert_route=two_stage")
     if job.parallel.expert_capacity:
         rule = "what finds no place is dropped rank by rank, so that no layout computes what one rank does"
         raise ConfigError("parallel.expert_capacity", job.parallel.expert_capacity, rule, "parallel.expert_capacity=0")
@@ -117,16 +120,25 @@ def _warm_ranks() -> "Iterator[Callable[[int], LocalRanks]]":
 def _proved(
     config: JobConfig, ranks: int, folder: Path, on: "Callable[[int], LocalRanks]", task: str | None
 ) -> "Proof | Fp8Proof":
+    from octofold.parallel.local_ranks import RankError
     from octofold.train.layout.prove import RECORD, prove, prove_fp8
 
-    if config.precision.is_fp8:
-        return prove_fp8(config, ranks, folder, on)
-    return prove(config, ranks, folder, on, task=task or RECORD)
+    try:
+        if config.precision.is_fp8:
+            return prove_fp8(config, ranks, folder, on)
+        return prove(config, ranks, folder, on, task=task or RECORD)
+    except RankError as error:
+        # Neither yes nor no.
+        rule = "every rank runs to the end, else there is nothing to compare"
+        raise UserError(
+            f"{error}\n  rule:   {rule}\n  remedy: see the traceback above; the run is in {folder}"
+        ) from error
 
 
 def _degrees(parallel: ParallelConfig) -> str:
-    """The degrees above 1, as a user would write them."""
-    return " ".join(f"{name}={value}" for name, value in asdict(parallel).items() if type(value) is int and value > 1)
+    """What is not as by default, as a user would write it."""
+    plain = asdict(ParallelConfig(data_shard=1))
+    return " ".join(f"{name}={value}" for name, value in asdict(parallel).items() if value != plain[name])
 
 
 def _write_result(

@@ -70,12 +70,13 @@ def build_route(
     if name not in ROUTES and not is_dotted(name):
         raise unknown_name_error("parallel.expert_route", name, ["auto", *ROUTES])
     target = ROUTES.get(name, name)
+    route_class = load_dotted(target, "parallel.expert_route")
+    if not (isinstance(route_class, type) and issubclass(route_class, ExchangedExperts)):
+        rule = "a route is a class derived from octofold.parallel.expert.ExchangedExperts"
+        raise ConfigError("parallel.expert_route", name, rule, "parallel.expert_route=auto")
     why_unsupported = getattr(import_module(target.partition(":")[0]), "why_unsupported", None)
     if why_unsupported is not None and (reason := why_unsupported(device.type)) is not None:
         raise ConfigError(
             "parallel.expert_route", name, f"the route must work here: {reason}", "parallel.expert_route=auto"
         )
-    route_class = load_dotted(target, "parallel.expert_route")
-    assert isinstance(route_class, type), f"{target} is no class"
-    assert issubclass(route_class, ExchangedExperts), f"{target} is not derived from ExchangedExperts"
     return route_class(group, **options)

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 from octofold.backends.collectives import Group
 from octofold.kernels.weight_gradients import WeightGradients
@@ -45,6 +43,10 @@ class Pipeline:
             stream_BPD: shape and dtype of what travels in training (meta device).
             outputs: how many tensors the last stage returns in training.
         """
+        # Here, since importing it makes a folder and sets variables.
+        from torch.distributed.pipelining import PipelineStage
+        from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+
         self.stages, self.group, self.device = dict(sorted(stages.items())), group, device
         self.ranks = rank_of_stage(config)
         self._dtype, self._width = stream_BPD.dtype, stream_BPD.shape[2]

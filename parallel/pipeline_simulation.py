@@ -7,21 +7,24 @@ the other, each as soon as what it needs has arrived. Computation on a rank and 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
-
-from torch.distributed.pipelining.schedules import _Action, _ComputationType, get_schedule_class
+from typing import Any, NamedTuple
 
 from octofold.parallel.config import ParallelConfig
 from octofold.parallel.pipeline_split import SCHEDULES, rank_of_stage, split_layers, stages_a_rank
 
-FORWARD, FULL, INPUT, WEIGHT = (
-    _ComputationType.FORWARD,
-    _ComputationType.FULL_BACKWARD,
-    _ComputationType.BACKWARD_INPUT,
-    _ComputationType.BACKWARD_WEIGHT,
-)
+FORWARD, FULL, INPUT, WEIGHT = "F", "B", "I", "W"
+"""What is computed, in torch's letters: forward, all of backward, or its gradients of inputs or of weights."""
 
-Table = dict[int, list[_Action]]
+
+class Action(NamedTuple):
+    """One pass of a micro-batch through a stage."""
+
+    stage: int
+    kind: str
+    micro_batch: int
+
+
+Table = dict[int, list[Action]]
 """By rank, what it computes, in order."""
 
 
@@ -66,6 +69,8 @@ def action_table(config: ParallelConfig, micro_batches: int) -> Table:
     kind, ranks, held = SCHEDULES[config.pipeline_schedule], config.pipeline, stages_a_rank(config)
     if config.pipeline_schedule == "1f1b":
         return {rank: _one_forward_one_backward(rank, ranks, micro_batches) for rank in range(ranks)}
+    from torch.distributed.pipelining.schedules import get_schedule_class  # whose import makes a folder
+
     # All that a schedule asks of stages before it runs them.
     stages = [
         SimpleNamespace(
@@ -78,24 +83,25 @@ def action_table(config: ParallelConfig, micro_batches: int) -> Table:
     return {rank: [leaf for action in actions for leaf in _leaves(action)] for rank, actions in order.items()}
 
 
-def _one_forward_one_backward(rank: int, ranks: int, micro_batches: int) -> list[_Action]:
+def _one_forward_one_backward(rank: int, ranks: int, micro_batches: int) -> list[Action]:
     """What torch's 1F1B does; the table that it draws of itself lacks the last rank's first forward pass."""
     ahead = min(micro_batches, ranks - rank)
-    actions = [_Action(rank, FORWARD, number) for number in range(ahead)]
+    actions = [Action(rank, FORWARD, number) for number in range(ahead)]
     for number in range(micro_batches):
-        actions.append(_Action(rank, FULL, number))
+        actions.append(Action(rank, FULL, number))
         if number + ahead < micro_batches:
-            actions.append(_Action(rank, FORWARD, number + ahead))
+            actions.append(Action(rank, FORWARD, number + ahead))
     return actions
 
 
-def _leaves(action: _Action | None) -> list[_Action]:
+def _leaves(action: Any) -> list[Action]:
     """An overlapped forward and backward is computed one after the other here; gaps and reductions take no time."""
     if action is None:
         return []
     if action.sub_actions is not None:
-        return list(action.sub_actions)
-    return [action] if action.computation_type in (FORWARD, FULL, INPUT, WEIGHT) else []
+        return [leaf for part in action.sub_actions for leaf in _leaves(part)]
+    kind = action.computation_type.value
+    return [Action(action.stage_index, kind, action.microbatch_index)] if kind in (FORWARD, FULL, INPUT, WEIGHT) else []
 
 
 def simulate(table: Table, costs: Sequence[StageCost], ranks: Sequence[int]) -> Simulated:
@@ -106,7 +112,7 @@ def simulate(table: Table, costs: Sequence[StageCost], ranks: Sequence[int]) -> 
         costs: of each stage.
         ranks: of each stage (`rank_of_stage`).
     """
-    done_s: dict[tuple[int, bool, int | None], float] = {}
+    done_s: dict[tuple[int, bool, int], float] = {}
     """When a stage was done with a micro-batch, forward (True) or with the gradient of its input."""
     waiting = {rank: list(actions) for rank, actions in table.items()}
     clock_s, busy_s = dict.fromkeys(table, 0.0), dict.fromkeys(table, 0.0)
@@ -117,15 +123,15 @@ def simulate(table: Table, costs: Sequence[StageCost], ranks: Sequence[int]) -> 
         assert ready, "the schedule waits for itself"
         for rank in ready:
             action = waiting[rank].pop(0)
-            stage, begin_s = action.stage_index, clock_s[rank]
+            stage, begin_s = action.stage, clock_s[rank]
             for needed in _needed(action, len(ranks)):
                 travels = ranks[needed[0]] != rank
                 begin_s = max(begin_s, done_s[needed] + (costs[needed[0]].send_s if travels else 0.0))
             took_s = _took_s(action, costs[stage])
             clock_s[rank] = begin_s + took_s
             busy_s[rank] += took_s
-            if action.computation_type != WEIGHT:
-                done_s[stage, action.computation_type == FORWARD, action.microbatch_index] = clock_s[rank]
+            if action.kind != WEIGHT:
+                done_s[stage, action.kind == FORWARD, action.micro_batch] = clock_s[rank]
     peaks = {rank: _peaks(actions, costs) for rank, actions in table.items()}
     return Simulated(
         max(clock_s.values()),
@@ -135,35 +141,35 @@ def simulate(table: Table, costs: Sequence[StageCost], ranks: Sequence[int]) -> 
     )
 
 
-def _needed(action: _Action, stages: int) -> set[tuple[int, bool, int | None]]:
+def _needed(action: Action, stages: int) -> set[tuple[int, bool, int]]:
     """What must be done before: the neighbour's part, and the stage's own earlier pass."""
-    stage, micro_batch = action.stage_index, action.microbatch_index
-    if action.computation_type == FORWARD:
+    stage, micro_batch = action.stage, action.micro_batch
+    if action.kind == FORWARD:
         return {(stage - 1, True, micro_batch)} if stage else set()
-    if action.computation_type == WEIGHT:
+    if action.kind == WEIGHT:
         return {(stage, False, micro_batch)}
     own = {(stage, True, micro_batch)}
     return own | ({(stage + 1, False, micro_batch)} if stage + 1 < stages else set())
 
 
-def _took_s(action: _Action, cost: StageCost) -> float:
+def _took_s(action: Action, cost: StageCost) -> float:
     return {
         FORWARD: cost.forward_s,
         FULL: cost.backward_input_s + cost.backward_weight_s,
         INPUT: cost.backward_input_s,
         WEIGHT: cost.backward_weight_s,
-    }[action.computation_type]
+    }[action.kind]
 
 
-def _peaks(actions: Sequence[_Action], costs: Sequence[StageCost]) -> tuple[int, float]:
+def _peaks(actions: Sequence[Action], costs: Sequence[StageCost]) -> tuple[int, float]:
     """Most micro-batches, and most bytes of them, that a rank holds at once."""
     held, held_bytes, most, most_bytes = 0, 0.0, 0, 0.0
     for action in actions:
-        if action.computation_type == INPUT:
+        if action.kind == INPUT:
             continue
-        sign = 1 if action.computation_type == FORWARD else -1
+        sign = 1 if action.kind == FORWARD else -1
         held += sign
-        held_bytes += sign * costs[action.stage_index].activation_bytes
+        held_bytes += sign * costs[action.stage].activation_bytes
         most, most_bytes = max(most, held), max(most_bytes, held_bytes)
     return most, most_bytes
 

@@ -93,7 +93,7 @@ def prove(
         return seen.steps[0].gradients
 
     diagnosis = explain(found, expected, differences, tolerance, without)
-    return Proof(differences[0].error <= tolerance, tolerance, differences, diagnosis)
+    return Proof(all(difference.error <= tolerance for difference in differences), tolerance, differences, diagnosis)
 
 
 def _silenced(model: ModelConfig, loss: str) -> ModelConfig:

@@ -11,6 +11,7 @@ from math import gcd, lcm, prod
 from pathlib import Path
 
 from octofold.backends.config import BackendConfig
+from octofold.backends.errors import ConfigError
 from octofold.kernels.config import KernelsConfig
 from octofold.parallel.config import DENSE_DEGREES, ParallelConfig
 from octofold.parallel.pipeline_split import stages_a_rank
@@ -38,7 +39,11 @@ def smallest_world(parallel: ParallelConfig) -> int:
 
 
 def shrunk(parallel: ParallelConfig, most: int) -> ParallelConfig:
-    """Resolved degrees, the largest halved until the world has at most so many ranks, none that is above 1 below 2."""
+    """Resolved degrees, the largest halved until the world has at most so many ranks, none that is above 1 below 2.
+
+    Raises:
+        ConfigError: no split of the experts would be left.
+    """
     asked, world = parallel.pipeline, prod(getattr(parallel, name) for name in DENSE_DEGREES)
     while world > most:
         name = max(DENSE_DEGREES, key=lambda name: getattr(parallel, name))
@@ -51,6 +56,10 @@ def shrunk(parallel: ParallelConfig, most: int) -> ParallelConfig:
     expert_tensor = gcd(parallel.expert_tensor, span)
     split = parallel.pipeline_split if parallel.pipeline == asked else []
     expert = gcd(parallel.expert, span // expert_tensor)
+    if (expert == 1 < parallel.expert) or (expert_tensor == 1 < parallel.expert_tensor):
+        shown = f"verify.ranks={most} parallel.expert={parallel.expert} parallel.expert_tensor={parallel.expert_tensor}"
+        rule = f"the degrees shrink to {world} rank(s), of which {span} span the experts: no split of them is left"
+        raise ConfigError("verify.ranks", shown, rule, "a larger verify.ranks, or degrees that are powers of two")
     return replace(parallel, expert_tensor=expert_tensor, expert=expert, pipeline_split=split)
 
 
@@ -68,16 +77,12 @@ def twin(config: RunConfig, folder: Path, *, steps: int, precision: PrecisionCon
     model = small_model(config.model, parallel)
     if model.num_hidden_layers != config.model.num_hidden_layers:
         parallel = replace(parallel, pipeline_split=[])
-    # Sums in BF16 round by design; DeepEP, on GPUs, brings the same rows to the same ranks.
-    route = "auto" if parallel.expert_route == "deepep" else parallel.expert_route
     return replace(
         config,
         resume=None,
         model=model,
-        # Experts that move do so within the few steps.
-        parallel=replace(
-            parallel, expert_route=route, reduce_dtype="master", placement_every=min(parallel.placement_every, 1)
-        ),
+        # Sums in BF16 round by design. Experts that move do so within the few steps.
+        parallel=replace(parallel, reduce_dtype="master", placement_every=min(parallel.placement_every, 1)),
         data=_small_data(config.data, parallel, folder),
         precision=precision,
         optim=_small_optim(config.optim, precision),
@@ -160,7 +165,8 @@ def _small_backend(config: RunConfig) -> BackendConfig:
     ranks = prod(getattr(config.parallel, name) for name in DENSE_DEGREES)
     several = config.parallel.expert_route == "two_stage" or 0 < config.backend.ranks_per_node < ranks
     # One thread a rank: how a sum is split over threads decides its last bits.
-    return BackendConfig(name="cpu", threads=1, ranks_per_node=ranks // 2 if several and ranks % 2 == 0 else 0)
+    nodes = ranks // 2 if several and ranks % 2 == 0 else 0
+    return BackendConfig(name="cpu", threads=1, ranks_per_node=nodes, all_reduce=config.backend.all_reduce)
 
 
 def _small_data(data: DataConfig, parallel: ParallelConfig, folder: Path) -> DataConfig:

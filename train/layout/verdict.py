@@ -117,7 +117,7 @@ def _difference(key: Key, values: dict[int, np.ndarray], reference: np.ndarray, 
 
 
 def _error(value: np.ndarray, reference: np.ndarray, least: float) -> float:
-    if value.shape != reference.shape or not np.isfinite(value).all():
+    if value.shape != reference.shape or not (np.isfinite(value).all() and np.isfinite(reference).all()):
         return inf
     apart = float(np.abs(value - reference).max(initial=0.0))
     scale = max(float(np.abs(reference).max(initial=0.0)), least)
