@@ -77,32 +77,38 @@ def _split_tensors(model: nn.Module, plan: ParallelPlan, meshes: Meshes) -> None
         module = model.get_submodule(name)
         weight = module.get_parameter("weight")
         if id(weight) not in split:
-            split[id(weight)] = _distributed(f"{name}.weight", weight, meshes.split["tensor"], dim, "tensor")
+            split[id(weight)] = _distributed(f"{name}.weight", weight, meshes.split["tensor"], {"tensor": dim})
         module.weight = split[id(weight)]
 
 
 def _split_experts(model: nn.Module, plan: ParallelPlan, meshes: Meshes, make_route: RouteMaker) -> None:
-    mesh, slices = meshes.experts["expert"], meshes.experts["expert_tensor"]
+    expert, slices = meshes.experts["expert"], meshes.experts["expert_tensor"]
+    # Experts along E, their width along the dim that both stacks have it in: [E, 2, I, D] and [E, D, I].
+    dims = {axis: dim for axis, dim in (("expert", 0), ("expert_tensor", 2)) if meshes.size(axis) > 1}
     for name in plan.experts:
         # Not a parameter, module or buffer, so setattr leaves torch's registries alone.
-        route = make_route(mesh.get_group(), slices.get_group())
+        route = make_route(expert.get_group(), slices.get_group())
         setattr(model.get_submodule(name.rpartition(".")[0]), "run_experts", route)  # noqa: B010
-        if mesh.size() == 1:
-            continue
         experts = model.get_submodule(name)
-        for parameter_name, parameter in list(experts.named_parameters(recurse=False)):
+        for parameter_name, parameter in list(experts.named_parameters(recurse=False)) if dims else []:
             whole = f"{name}.{parameter_name}"
-            experts.register_parameter(parameter_name, _distributed(whole, parameter, mesh, 0, "expert"))
+            split = _distributed(whole, parameter, meshes.experts[tuple(dims)], dims)
+            experts.register_parameter(parameter_name, split)
 
 
-def _distributed(name: str, parameter: nn.Parameter, mesh: DeviceMesh, dim: int, axis: str) -> nn.Parameter:
-    if parameter.shape[dim] % mesh.size():
-        shown = f"parallel.{axis}={mesh.size()}"
-        rule = f"every rank of the axis holds as much of {name} {list(parameter.shape)}: it must divide dimension {dim}"
-        legal = [d for d in range(1, parameter.shape[dim] + 1) if parameter.shape[dim] % d == 0]
-        raise ConfigError(f"parallel.{axis}", shown, rule, f"parallel.{axis} one of {legal[:8]}, or another model")
+def _distributed(name: str, parameter: nn.Parameter, mesh: DeviceMesh, dims: dict[str, int]) -> nn.Parameter:
+    """`dims`: axis -> the dim it splits, in the order of the mesh's axes."""
+    for axis, dim in dims.items():
+        ranks, size = mesh[axis].size(), parameter.shape[dim]
+        if size % ranks:
+            shown = f"parallel.{axis}={ranks}"
+            shape = list(parameter.shape)
+            rule = f"every rank of the axis holds as much of {name} {shape}: it must divide dimension {dim}"
+            legal = [d for d in range(1, size + 1) if size % d == 0]
+            raise ConfigError(f"parallel.{axis}", shown, rule, f"parallel.{axis} one of {legal[:8]}, or another model")
+    placements = [Shard(dim) for dim in dims.values()]
     # src_data_rank=None: nothing is sent; the values are made later, on each rank (train/models/init.py).
-    return nn.Parameter(distribute_tensor(parameter.data, mesh, [Shard(dim)], src_data_rank=None))
+    return nn.Parameter(distribute_tensor(parameter.data, mesh, placements, src_data_rank=None))
 
 
 def _split_sequences(model: nn.Module, plan: ParallelPlan, meshes: Meshes) -> None:

@@ -80,7 +80,6 @@ CHOICES = {
     "accumulate": ["unreduced", "reduced"],
     "reduce_dtype": ["master", "bf16"],
 }
-UNAVAILABLE = ("expert_tensor",)
 
 
 EXPERT_ROUTES = ("auto", "flat", "two_stage", "deepep")
@@ -106,7 +105,7 @@ def resolve(config: ParallelConfig, world_size: int) -> ParallelConfig:
     """The degrees with `data_shard` inferred, checked against the number of ranks.
 
     Raises:
-        ConfigError: an unknown choice, a degree below 1, a kind of parallelism this version lacks, degrees that do not
+        ConfigError: an unknown choice, a degree below 1, degrees that do not
             multiply to `world_size`, or an expert degree that does not divide the ranks experts span.
     """
     _check_choices(config)
@@ -114,9 +113,6 @@ def resolve(config: ParallelConfig, world_size: int) -> ParallelConfig:
         degree = getattr(config, name)
         if degree < 1 and not (name == "data_shard" and degree == -1):
             raise ConfigError(f"parallel.{name}", degree, "a degree is at least 1", f"parallel.{name}=1")
-        if name in UNAVAILABLE and degree != 1:
-            rule = f"this version has no such split; parallel.{name} must be 1"
-            raise ConfigError(f"parallel.{name}", degree, rule, f"parallel.{name}=1")
     check_expert_route(config)
     others = prod(getattr(config, name) for name in DENSE_DEGREES if name != "data_shard")
     if config.data_shard == -1:

@@ -32,11 +32,11 @@ def _cases(micro: int, *degrees: str) -> list[Case]:
 DEFAULT = [
     *_cases(2, "data_shard=2", "data_replicate=2", "expert=2", "tensor=2", "context=2", "pipeline=2"),
     *_cases(2, "tensor=2 context=2 expert=2", "data_replicate=2 data_shard=2 expert=2"),
-    *_cases(2, "expert=4 expert_route=two_stage", "expert=4 placement_every=1"),
+    *_cases(2, "expert=4 expert_route=two_stage", "expert=4 placement_every=1", "expert=2 expert_tensor=2"),
     *_cases(1, "data_shard=2 tensor=2 expert=2 recompute=full accumulate=reduced reshard_after_forward=false"),
 ]
 """What the default suite proves; the rest is slow."""
-SINGLE = _cases(1, "data_shard=4", "data_shard=8", "data_replicate=4", "expert=4", "expert=8")
+SINGLE = _cases(1, "data_shard=4", "data_shard=8", "data_replicate=4", "expert=4", "expert=8", "expert_tensor=4")
 SINGLE += _cases(4, "tensor=4", "context=4")
 SINGLE += _cases(2, "pipeline=4", "pipeline=2 pipeline_schedule=gpipe", "pipeline=2 pipeline_schedule=interleaved")
 SINGLE += _cases(2, "data_shard=2 compile=true")
@@ -47,6 +47,8 @@ PAIRS = [
     *_cases(1, "data_replicate=2 tensor=2", "data_replicate=2 context=2"),
     *_cases(2, "tensor=2 expert=2", "tensor=2 expert=4", "context=2 expert=2", "context=2 expert=4"),
     *_cases(4, "tensor=2 context=2"),
+    *_cases(2, "expert_tensor=2 tensor=2", "expert_tensor=2 context=2"),
+    *_cases(1, "data_shard=4 expert_tensor=2", "data_replicate=2 expert_tensor=2", "pipeline=2 expert_tensor=2"),
     *_cases(1, "pipeline=2 data_shard=2", "pipeline=2 data_replicate=2", "pipeline=2 expert=2"),
     *_cases(2, "pipeline=2 context=2", "pipeline=2 tensor=2"),
 ]
@@ -63,6 +65,8 @@ SEVERAL = [
     *_cases(1, "pipeline=2 data_shard=2 tensor=2 expert=4 pipeline_schedule=zbv"),
     *_cases(1, "pipeline=2 context=2 expert=2 pipeline_schedule=dualpipev"),
     *_cases(1, "data_shard=4 tensor=2 expert=8 expert_route=two_stage expert_overlap=false"),
+    *_cases(1, "data_shard=2 tensor=2 context=2 expert=2 expert_tensor=2 expert_route=two_stage"),
+    *_cases(1, "pipeline=2 data_shard=2 tensor=2 expert=2 expert_tensor=2"),
 ]
 """Three to five together."""
 SEVERAL += [

@@ -91,5 +91,8 @@ def ours_from(peer: Any, config: ModelConfig, mtp: Any = None) -> Decoder:
     state = peer.state_dict()
     if mtp is not None:
         state |= {f"mtp.{name}": tensor for name, tensor in mtp.layers.state_dict().items()}
-    model.load_state_dict({our_name(name): tensor for name, tensor in state.items() if tensor.numel()})
+    held = model.state_dict()
+    renamed = {our_name(name): tensor for name, tensor in state.items() if tensor.numel()}
+    # Gate and up are one dim there, two here, in the same order.
+    model.load_state_dict({name: tensor.view(held[name].shape) for name, tensor in renamed.items()})
     return model

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octofold.backends.errors import ConfigError
-from octofold.parallel.config import DENSE_DEGREES, UNAVAILABLE, ParallelConfig, resolve
+from octofold.parallel.config import DENSE_DEGREES, ParallelConfig, resolve
 
 degrees = st.integers(1, 6)
 
@@ -49,12 +49,6 @@ def test_degrees_below_one(name, degree):
     assert str(caught.value) == (
         f"parallel.{name}={degree}\n  rule:   a degree is at least 1\n  remedy: parallel.{name}=1"
     )
-
-
-@pytest.mark.parametrize("name", UNAVAILABLE)
-def test_kinds_that_this_version_lacks(name):
-    with pytest.raises(ConfigError, match=f"^parallel.{name}=2\n  rule:   this version has no such split"):
-        resolve(ParallelConfig(**{name: 2}), 4)
 
 
 def test_a_product_that_is_not_the_world_shows_all_degrees():

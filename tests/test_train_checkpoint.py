@@ -84,7 +84,7 @@ def test_files_names_and_shapes(trained):
     with safe_open(shard, framework="np") as file:
         saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     assert saved == {name: tuple(tensor.shape) for name, tensor in expected_tensors().items()}
-    assert saved["model.layers.1.mlp.experts.gate_up_proj"] == (8, 64, 64)
+    assert saved["model.layers.1.mlp.experts.gate_up_proj"] == (8, 2, 32, 64)
     assert saved["model.layers.1.mlp.gate.e_score_correction_bias"] == (8,)
 
 
@@ -172,7 +172,7 @@ def test_damaged_checkpoint_is_refused_by_every_rank(damage, damaged, root, rank
 
 
 OTHER_MODELS = [
-    ({"moe_intermediate_size": 48}, r"gate_up_proj: \[8, 64, 64\] in the checkpoint, \[8, 96, 64\] in the model"),
+    ({"moe_intermediate_size": 48}, r"gate_up_proj: \[8, 2, 32, 64\] in the checkpoint, \[8, 2, 48, 64\] in the model"),
     ({"num_hidden_layers": 5}, r"model\.layers\.4\.\S+: not in the checkpoint"),
     ({"num_hidden_layers": 3}, r"model\.layers\.3\.\S+: in the checkpoint only"),
 ]

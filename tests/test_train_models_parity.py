@@ -60,7 +60,8 @@ def assert_gradients(model: torch.nn.Module, expected: dict[str, torch.nn.Parame
     assert expected.keys() == dict(model.named_parameters()).keys()
     for name, parameter in model.named_parameters():
         # An expert that no token chose: the library leaves nothing, we leave zeros.
-        gradient = expected[name].grad if expected[name].grad is not None else torch.zeros_like(parameter)
+        found = expected[name].grad
+        gradient = torch.zeros_like(parameter) if found is None else found.view_as(parameter)
         assert parameter.grad is not None, name
         assert (parameter.grad - gradient).abs().max() <= TOLERANCE, name
 

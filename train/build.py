@@ -126,7 +126,8 @@ def draft_model(
             model = architecture(shape, kernels).to(master_dtype)
             apply_precision(model, config.precision, kernels, turned_copies=device.type != "cpu")
     plan = model.plan()
-    require_whole_tiles(model, plan, config.precision, config.parallel.tensor)
+    degrees = config.parallel
+    require_whole_tiles(model, plan, config.precision, tensor=degrees.tensor, expert_tensor=degrees.expert_tensor)
     count = count_parameters(model, plan, shape.num_experts_per_tok / shape.n_routed_experts)
     names = Names(
         parameters=tuple(name for name, _ in model.named_parameters()),
@@ -342,6 +343,7 @@ def startup_sections(
     bf16 = "native" if capabilities.bf16 else "emulated by the library: slow"
     arithmetic = f" (BF16 products on this device: {bf16})" if compute_dtype == torch.bfloat16 else ""
     modules = list(built.names.modules)
+    sends = degrees.expert * degrees.expert_tensor > 1
     kernels: dict[str, object] = {}
     for choice in built.choices:
         reasons = "".join(f"; not {name}: {reason}" for name, reason in choice.rejected.items())
@@ -360,7 +362,8 @@ def startup_sections(
         "layout": {
             "ranks": f"{info.world_size} ({backend.collective_library}), {built.topology.ranks_per_node} a node",
             **{name: getattr(degrees, name) for name in DENSE_DEGREES if getattr(degrees, name) > 1},
-            "expert": f"{degrees.expert} (x expert_data {degrees.expert_data})",
+            "expert": f"{degrees.expert} (x expert_data {degrees.expert_data})"
+            + (f", widths over {degrees.expert_tensor}" if degrees.expert_tensor > 1 else ""),
             **_pipeline_row(degrees, shape),
         },
         "device": {
@@ -375,7 +378,7 @@ def startup_sections(
             "compute": config.precision.name + arithmetic,
             "master weights, gradients": "FP64" if config.precision.name == "fp64" else "FP32",
             "moments": "FP64" if config.precision.name == "fp64" else config.optim.moments.upper(),
-            **plan_rows(config.precision, modules, compute_dtype=compute_dtype, sends=degrees.expert > 1),
+            **plan_rows(config.precision, modules, compute_dtype=compute_dtype, sends=sends),
         },
         "kernels": kernels,
         "batch": {

@@ -18,7 +18,7 @@ import torch
 from octofold.backends.errors import ConfigError, UserError, check_finite, unknown_name_error
 from octofold.kernels.reference.block_cast import quantize_blocks
 from octofold.train.build import model_config
-from octofold.train.checkpoint.quantized import SCALE_SUFFIX, dequantize_window, halves, scale_shape
+from octofold.train.checkpoint.quantized import SCALE_SUFFIX, dequantize_window, scale_shape
 from octofold.train.checkpoint.reading import CheckpointReader
 from octofold.train.checkpoint.safetensors_files import OutputTensor, slabs_of
 from octofold.train.config import RunConfig
@@ -132,10 +132,9 @@ def check_tensors(reader: CheckpointReader, tensors: list[HfTensor]) -> None:
     for tensor in tensors:
         if tensor.copy:
             continue
-        name, shape = f"model.{tensor.ours}", tensor.shape
-        if tensor.expert is not None:
-            shape = (tensor.expert + 1, tensor.first_row + tensor.shape[0], *tensor.shape[1:])
-        wanted[name] = shape  # an expert's last part says the size of the whole
+        name = f"model.{tensor.ours}"
+        # The last of a stack says the size of the whole.
+        wanted[name] = (*(index + 1 for index in tensor.place), *tensor.shape)
     faults = []
     for name, shape in wanted.items():
         dtype, found = reader.tensors.get(name, (None, None))
@@ -143,7 +142,7 @@ def check_tensors(reader: CheckpointReader, tensors: list[HfTensor]) -> None:
             shown = "missing" if found is None else f"{list(found)}"
             faults.append(f"{name}: {shown}, {list(shape)} expected")
         elif dtype == torch.float8_e4m3fn:
-            scales = scale_shape(name, shape, reader.state["block"])
+            scales = scale_shape(shape, reader.state["block"])
             if reader.tensors.get(name + SCALE_SUFFIX, (None, None))[1] != scales:
                 faults.append(f"{name}{SCALE_SUFFIX}: missing or misshaped, {list(scales)} expected")
     faults += [
@@ -180,7 +179,7 @@ class _Writer:
             out = torch.float32 if tensor.exact and dtype == torch.float64 else out
             yield OutputTensor(tensor.name, out, tensor.shape, partial(self._cast, tensor, out))
             return
-        scale_dims = scale_shape(tensor.name, tensor.shape, self.block)
+        scale_dims = scale_shape(tensor.shape, self.block)
         name = tensor.name + SCALE_SUFFIX
         if dtype == torch.float8_e4m3fn and self.copies_fp8:
             scales = self.reader.tensors[f"model.{tensor.ours}{SCALE_SUFFIX}"][0]
@@ -216,10 +215,9 @@ class _Writer:
 
     def _rows(self, tensor: HfTensor, first: int, last: int) -> torch.Tensor:
         """Rows of the tensor as they are stored."""
-        begin = tensor.first_row
-        rows = self.reader.read_rows(f"model.{tensor.ours}", begin + first, begin + last, expert=tensor.expert)
+        rows = self.reader.read_rows(f"model.{tensor.ours}", first, last, place=tensor.place)
         if not finite(rows):
-            self.not_finite.add(f"model.{tensor.ours}" + ("" if tensor.expert is None else f"[{tensor.expert}]"))
+            self.not_finite.add(f"model.{tensor.ours}" + "".join(f"[{expert}]" for expert in tensor.place[:1]))
         return rows
 
     def _values(self, tensor: HfTensor, first: int, last: int) -> torch.Tensor:
@@ -227,20 +225,12 @@ class _Writer:
         rows = self._rows(tensor, first, last)
         if rows.dtype != torch.float8_e4m3fn:
             return rows
-        name = f"model.{tensor.ours}"
-        whole_rows = self.reader.tensors[name][1][-2]
-        scales = self._scales(tensor, whole=True)
-        return dequantize_window(
-            name, rows, scales, block=self.reader.state["block"], rows=whole_rows, first_row=tensor.first_row + first
-        )
+        return dequantize_window(rows, self._scales(tensor), block=self.reader.state["block"], first_row=first)
 
-    def _scales(self, tensor: HfTensor, *, whole: bool = False) -> torch.Tensor:
-        """Scales of the published tensor, or of the whole matrix that it is a part of."""
+    def _scales(self, tensor: HfTensor) -> torch.Tensor:
+        """Scales of the published tensor."""
         name = f"model.{tensor.ours}{SCALE_SUFFIX}"
-        blocks = self.reader.tensors[name][1][-2]
-        share = blocks // halves(tensor.ours)
-        first = 0 if whole or not tensor.first_row else share
-        scales = self.reader.read_rows(name, first, blocks if whole else first + share, expert=tensor.expert)
+        scales = self.reader.read_rows(name, 0, self.reader.tensors[name][1][-2], place=tensor.place)
         if not finite(scales):
             self.not_finite.add(name)
         return scales

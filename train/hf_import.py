@@ -171,7 +171,7 @@ def by_ours(tensors: Iterable[HfTensor]) -> dict[str, list[HfTensor]]:
 
 
 def _scale_faults(scale: StoredTensor | None, name: str, shape: tuple[int, ...], block: int) -> list[str]:
-    wanted = scale_shape(name, shape, block)
+    wanted = scale_shape(shape, block)
     if scale is None:
         return [f"{name}{SCALE_SUFFIX}: missing, {list(wanted)} expected"]
     if scale.shape != wanted or scale.dtype not in SCALES:
@@ -222,10 +222,7 @@ def _outputs(source: Source, parts: list[HfTensor], not_finite: set[str]) -> Ite
 
 def _joined(name: str, pieces: list[HfTensor], stored: list[StoredTensor], not_finite: set[str]) -> OutputTensor:
     """Ours is its pieces one after the other: gate, then up, expert by expert."""
-    shape = stored[0].shape
-    if pieces[0].expert is not None:
-        experts = len({piece.expert for piece in pieces})
-        shape = (experts, sum(tensor.shape[0] for tensor in stored) // experts, *shape[1:])
+    shape = (*(index + 1 for index in pieces[-1].place), *stored[0].shape)
     return OutputTensor(name, stored[0].dtype, shape, partial(_slabs, stored, not_finite))
 
 

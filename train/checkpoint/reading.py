@@ -50,23 +50,24 @@ class CheckpointReader:
             raise UserError(f"{self.folder}: the parts of {name} do not make up a tensor {list(shape)}{REMEDY}")
         return shape
 
-    def read_rows(self, name: str, first: int, last: int, *, expert: int | None = None) -> torch.Tensor:
-        """tensor[first:last] of the whole tensor along dim 0; given `expert`, tensor[expert, first:last] of a stack."""
+    def read_rows(self, name: str, first: int, last: int, *, place: tuple[int, ...] = ()) -> torch.Tensor:
+        """tensor[place][first:last] of the whole tensor; `place`: which matrix of a stack."""
         dtype, shape = self.tensors[name]
-        rows = 0 if expert is None else 1
+        rows = len(place)
         window = torch.empty((last - first, *shape[rows + 1 :]), dtype=dtype)
         for shard in self._shards[name]:
             begin, size = shard.offset[rows], shard.stored.shape[rows]
             low, high = max(first, begin), min(last, begin + size)
             if low >= high:
                 continue
+            inside = [index - start for index, start in zip(place, shard.offset, strict=False)]
+            if not all(0 <= index < held for index, held in zip(inside, shard.stored.shape, strict=False)):
+                continue
+            # Seen as one matrix below the other, a matrix's rows lie together.
             skipped = 0
-            if expert is not None:
-                inside = expert - shard.offset[0]
-                if not 0 <= inside < shard.stored.shape[0]:
-                    continue
-                # Seen as one matrix below the other, an expert's rows lie together.
-                skipped = inside * size
+            for index, held in zip(inside, shard.stored.shape, strict=False):
+                skipped = skipped * held + index
+            skipped *= size
             part = read_rows(_flat(shard.stored, rows), skipped + low - begin, skipped + high - begin)
             if part.shape == window.shape:
                 return part

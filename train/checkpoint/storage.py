@@ -3,6 +3,7 @@
 Every rank writes the shards it owns; a file's header says where each shard lies in the whole tensor.
 """
 
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -106,15 +107,11 @@ def _read_quantised(folder: Path, tensors: dict[str, torch.Tensor], block: int) 
         if local.numel() == 0:
             continue
         *leading, first_row, first_column = offset
-        places = {"block": block, "rows": tensor.shape[-2], "first_row": first_row, "first_column": first_column}
-        columns = slice(first_column, first_column + shape[-1])
-        if not leading:
-            data = reader.read_rows(name, first_row, first_row + shape[0])[:, columns]
-            scale = reader.read_rows(name + SCALE_SUFFIX, 0, reader.tensors[name + SCALE_SUFFIX][1][0])
-            local.copy_(dequantize_window(name, data, scale, **places))
-            continue
-        for expert in range(shape[0]):
-            row = leading[0] + expert
-            data = reader.read_rows(name, first_row, first_row + shape[-2], expert=row)[:, columns]
-            scale = reader.read_rows(name + SCALE_SUFFIX, 0, reader.tensors[name + SCALE_SUFFIX][1][1], expert=row)
-            local[expert].copy_(dequantize_window(name, data, scale, **places))
+        window = {"block": block, "first_row": first_row, "first_column": first_column}
+        scale_rows = reader.tensors[name + SCALE_SUFFIX][1][-2]
+        rows, columns = slice(first_row, first_row + shape[-2]), slice(first_column, first_column + shape[-1])
+        for inside in product(*map(range, shape[:-2])):
+            place = tuple(start + index for start, index in zip(leading, inside, strict=True))
+            data = reader.read_rows(name, rows.start, rows.stop, place=place)[:, columns]
+            scale = reader.read_rows(name + SCALE_SUFFIX, 0, scale_rows, place=place)
+            local[inside].copy_(dequantize_window(data, scale, **window))

@@ -1,7 +1,7 @@
 """The tensors of a model in a Hugging Face checkpoint, and where each lies in ours. Torch-free.
 
-Our stacked experts hold gate, then up, expert by expert; so each published tensor is a run of rows of one of ours, and
-ours is the published ones, in the order of `hf_tensors`, one after the other.
+Our stacked experts hold gate, then up, expert by expert; so each published tensor is a matrix of one of ours, and ours
+is the published ones, in the order of `hf_tensors`, one after the other.
 """
 
 from collections.abc import Iterator
@@ -18,10 +18,8 @@ class HfTensor:
     shape: tuple[int, ...]
     ours: str
     """The parameter or buffer of our model that holds it."""
-    expert: int | None = None
-    """Its place along the first dim of ours; None: ours is not stacked."""
-    first_row: int = 0
-    """Its first row in ours (of the matrix of `expert`)."""
+    place: tuple[int, ...] = ()
+    """Where it stands along the leading dims of ours: (expert,), or (expert, 0 or 1) for gate and up."""
     quantised: bool = False
     """FP8 checkpoints hold it in FP8: a linear layer's weight, but for gate, head and the projection of MTP."""
     exact: bool = False
@@ -94,13 +92,12 @@ def _routed(config: ModelConfig, number: int, ours: str) -> Iterator[HfTensor]:
         bias = "gate.e_score_correction_bias"
         yield HfTensor(f"{hf}.{bias}", (experts,), f"{ours}.{bias}", exact=True)
     for expert in range(experts):
-        for row, name in ((0, "gate_proj"), (width, "up_proj")):
+        for half, name in enumerate(("gate_proj", "up_proj")):
             yield HfTensor(
                 f"{hf}.experts.{expert}.{name}.weight",
                 (width, hidden),
                 f"{ours}.experts.gate_up_proj",
-                expert=expert,
-                first_row=row,
+                place=(expert, half),
                 quantised=True,
             )
     for expert in range(experts):
@@ -108,6 +105,6 @@ def _routed(config: ModelConfig, number: int, ours: str) -> Iterator[HfTensor]:
             f"{hf}.experts.{expert}.down_proj.weight",
             (hidden, width),
             f"{ours}.experts.down_proj",
-            expert=expert,
+            place=(expert,),
             quantised=True,
         )

@@ -1,6 +1,6 @@
 """DeepSeekMoE: shared experts that see every token, and routed experts chosen by a gate (DeepSeek-V2, section 2.2).
 
-T tokens, K experts a token, E experts, N = T·K copies, D hidden width, I width of an expert.
+T tokens, K experts a token, E experts, N = T·K copies, D hidden width, I width of an expert (of this rank's slice).
 """
 
 from typing import ClassVar
@@ -33,12 +33,13 @@ class StackedExperts(nn.Module):
         self.down_fp8: Fp8State | None = None
         self.later: WeightGradients | None = None
         experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2, width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 
     def forward(self, x_ND: torch.Tensor, counts_E: torch.Tensor, kernels: Kernels) -> torch.Tensor:
         """[N, D], sorted by expert, to [N, D]."""
-        w_gate_up, w_down = local(self.gate_up_proj), local(self.down_proj)
+        # Gate and up are a dim of their own, so that a slice of the width has both.
+        w_gate_up, w_down = local(self.gate_up_proj).flatten(1, 2), local(self.down_proj)
         if self.gate_up_fp8 is not None:
             gate_up = self.gate_up_fp8.grouped(x_ND, w_gate_up, counts_E)
         else:

@@ -94,32 +94,44 @@ def require_arithmetic(precision: PrecisionConfig, capabilities: Capabilities) -
     raise ConfigError("precision.arithmetic", shown, rule, remedy)
 
 
-def require_whole_tiles(model: nn.Module, plan: ParallelPlan, precision: PrecisionConfig, tensor: int) -> None:
-    """Refuse tensor ranks that would cut a quantisation block: its halves would be scaled apart.
+EXPERT_SIDES = {"gate_up_proj": 0, "down_proj": 1}
+"""Where the width of an expert stands in its matrices: outputs of the first, inputs of the second."""
+
+
+def require_whole_tiles(
+    model: nn.Module, plan: ParallelPlan, precision: PrecisionConfig, *, tensor: int, expert_tensor: int
+) -> None:
+    """Refuse ranks of an axis that would cut a quantisation block: its halves would be scaled apart.
 
     Args:
         model: unsplit.
+        tensor: ranks that split the plan's columns and rows.
+        expert_tensor: ranks that split the experts along their width.
 
     Raises:
         ConfigError: naming the module, its width and the block.
     """
-    if tensor == 1:
-        return
-    for name, dim in [*((name, 0) for name in plan.columns), *((name, 1) for name in plan.rows)]:
+    splits = [("tensor", tensor, name, 0) for name in plan.columns]
+    splits += [("tensor", tensor, name, 1) for name in plan.rows]
+    for name in plan.experts:
+        splits += [("expert_tensor", expert_tensor, f"{name}.{part}", dim) for part, dim in EXPERT_SIDES.items()]
+    for axis, ranks, name, dim in splits:
         recipe = recipe_for(precision, name)
-        if recipe is None:
+        if recipe is None or ranks == 1:
             continue
-        width = model.get_submodule(name).get_parameter("weight").shape[dim]
+        stacked = axis == "expert_tensor"
+        weight = model.get_parameter(name if stacked else f"{name}.weight")
+        width = weight.shape[2 if stacked else dim]
         along = recipe.gradient if dim == 0 else recipe.activation
         tiles = (recipe.weight.tile[dim], recipe.turned_weight.tile[1 - dim], along.tile[1])
-        cut = next((tile for tile in tiles if not tile or width % (tensor * tile)), None)
+        cut = next((tile for tile in tiles if not tile or width % (ranks * tile)), None)
         if cut is not None:
             block = f"blocks of {cut}" if cut else "one scale a tensor"
-            shown = f"parallel.tensor={tensor} precision.name={recipe.name}"
+            shown = f"parallel.{axis}={ranks} precision.name={recipe.name}"
             sides = ("outputs", "inputs")
-            rule = f"{name} has {width} {sides[dim]} for {tensor} tensor ranks, in {block}: none is cut"
-            remedy = "parallel.tensor=1, a smaller precision.block, or the module in BF16 by precision.overrides"
-            raise ConfigError("parallel.tensor", shown, rule, remedy)
+            rule = f"{name} has {width} {sides[dim]} for {ranks} {axis} ranks, in {block}: none is cut"
+            remedy = f"parallel.{axis}=1, a smaller precision.block, or the module in BF16 by precision.overrides"
+            raise ConfigError(f"parallel.{axis}", shown, rule, remedy)
 
 
 def plan_rows(
