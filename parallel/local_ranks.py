@@ -1,6 +1,7 @@
 """Ranks on this machine, started once and kept warm: what proofs of layouts run on.
 
-Each rank is a process of its own with one torch thread, joined to the others in a gloo group.
+Each rank is a process of its own with one torch thread, joined to the others in a gloo group. What it is asked and
+answers is pickled, between these processes alone; no pickle is read from a file.
 """
 
 import faulthandler
