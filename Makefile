@@ -21,7 +21,7 @@ QUICKSTART := runs/quickstart
 # An install is repeated only when one of these changes.
 INSTALL_INPUTS := pyproject.toml $(CONSTRAINTS)
 
-.PHONY: help train test test-slow lint format clean
+.PHONY: help train test test-slow test-matrix lint format clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -51,7 +51,11 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	@echo "octofold: running the slow proofs"
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest -m slow -rP
+
+test-matrix: $(VENV)/.dev
+	@echo "octofold: running the whole matrix of layouts on DeepSeek-V2"
+	@$(BIN)/python -m pytest -m matrix -rP
 
 lint: $(VENV)/.dev
 	@echo "octofold: ruff and mypy"

@@ -18,8 +18,9 @@ def test_layout_equals_one_rank(case, model, layout_root, alone, ranks, tmp_path
     assert len(proof.differences) > 200
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model", [pytest.param("v3", marks=pytest.mark.slow), pytest.param("v2", marks=pytest.mark.matrix)]
+)
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_full_matrix(case, model, layout_root, alone, ranks, tmp_path):
     config, count = run_of(model, case, layout_root, "data.mask_documents=true")
