@@ -8,6 +8,7 @@ T tokens, K experts a token, N = T·K copies here, M copies received, E experts 
 rank, D width.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -67,7 +68,7 @@ class LocalExperts:
         return kernels.unpermute(outputs_ND, routing.weights_TK, order), beside()
 
 
-class ExchangedExperts:
+class ExchangedExperts(ABC):
     """What routes over several ranks share. Rank r of the group holds experts r·L … (r+1)·L − 1."""
 
     def __init__(
@@ -102,6 +103,7 @@ class ExchangedExperts:
         routed_TD = self._run(experts, x_TD, routing, kernels, while_travelling)
         return routed_TD, done[0] if done else beside()
 
+    @abstractmethod
     def _run(
         self,
         experts: Experts,
@@ -110,7 +112,7 @@ class ExchangedExperts:
         kernels: Kernels,
         while_travelling: Callable[[], None],
     ) -> torch.Tensor:
-        raise NotImplementedError
+        """The routed sum, [T, D]; calls `while_travelling` once, when the tokens have departed."""
 
     def _compute(
         self, experts: Experts, x_MD: torch.Tensor, blocks_SBL: torch.Tensor, rows_S: list[int], kernels: Kernels

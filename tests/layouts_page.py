@@ -104,7 +104,7 @@ The norm counts each element once, on whatever mesh it lives. Expert biases move
 ## What can be combined
 
 Proved: tiny DeepSeek-V2, and V3 with multi-token prediction, over gloo ranks, in FP64 to @fp64 over three steps. On
-the diagonal a degree alone.
+the diagonal a degree alone. `make test` proves a part of them, `make test-slow` all on V3, `make test-matrix` on V2.
 
 @pairs
 
