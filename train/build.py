@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -12,7 +11,7 @@ from octofold.backends.process_group import RankInfo
 from octofold.backends.topology import Topology
 from octofold.kernels.registry import Choice, Workload, choose
 from octofold.parallel.apply import apply_plan
-from octofold.parallel.config import DENSE_DEGREES, ParallelConfig
+from octofold.parallel.config import ParallelConfig
 from octofold.parallel.expert_routes import NodeOf, build_route
 from octofold.parallel.mesh import Meshes, build_meshes
 from octofold.parallel.pipeline import Pipeline
@@ -20,10 +19,9 @@ from octofold.parallel.pipeline_ends import SharedEnds
 from octofold.parallel.pipeline_split import rank_of_stage, split_layers
 from octofold.parallel.placement_moves import ExpertPlacement
 from octofold.train.config import OptimConfig, RunConfig, TrainConfig
-from octofold.train.data.build import Data
 from octofold.train.engines.native import NativeEngine
 from octofold.train.flops import Utilisation, flops_a_token, known_peaks
-from octofold.train.memory import MemoryNeed, ParameterCount, count_parameters, memory_need, readable, require_memory
+from octofold.train.memory import MemoryNeed, ParameterCount, count_parameters, memory_need, require_memory
 from octofold.train.models.config import ModelConfig
 from octofold.train.models.decoder import Decoder
 from octofold.train.models.init import initialise
@@ -42,7 +40,7 @@ from octofold.train.precision.apply import (
 )
 from octofold.train.precision.config import FP8, LossScaleConfig, PrecisionConfig
 from octofold.train.precision.loss_scale import LossScaler
-from octofold.train.precision.policy import plan_rows, recipe_for, require_arithmetic, require_whole_tiles
+from octofold.train.precision.policy import recipe_for, require_arithmetic, require_whole_tiles
 from octofold.train.precision.watch import Watch
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "fp64": torch.float64, **dict.fromkeys(["bf16", *FP8], torch.bfloat16)}
@@ -324,81 +322,3 @@ def build_utilisation(config: RunConfig, built: BuiltModel, backend: Backend, in
         {k: tokens * flops for k, flops in flops_a_token(built.model.config, length, fp8.__contains__, plain).items()},
         known_peaks(backend.capabilities(info.local_rank).peak_flops, said),
     )
-
-
-def startup_sections(
-    config: RunConfig,
-    built: BuiltModel,
-    backend: Backend,
-    info: RankInfo,
-    data: Data,
-    run_dir: Path,
-) -> dict[str, dict[str, object]]:
-    """What was decided, for the start-up table."""
-    shape, degrees, train = built.model.config, config.parallel, config.train
-    capabilities = backend.capabilities(info.local_rank)
-    accumulation = micro_batches(train, degrees)
-    tokens = train.global_batch_size * config.data.sequence_length
-    compute_dtype = COMPUTE_DTYPES[config.precision.name]
-    bf16 = "native" if capabilities.bf16 else "emulated by the library: slow"
-    arithmetic = f" (BF16 products on this device: {bf16})" if compute_dtype == torch.bfloat16 else ""
-    modules = list(built.names.modules)
-    sends = degrees.expert * degrees.expert_tensor > 1
-    kernels: dict[str, object] = {}
-    for choice in built.choices:
-        reasons = "".join(f"; not {name}: {reason}" for name, reason in choice.rejected.items())
-        kernels[choice.op] = f"{choice.provider}{reasons}"
-    return {
-        "model": {
-            "name": shape.name,
-            "parameters": built.count.total,
-            "active a token": built.count.active,
-            "multi-token prediction": f"{built.count.mtp:,} parameters more" if built.count.mtp else "none",
-            "layers": f"{shape.num_hidden_layers} ({len(built.names.gates)} with experts)",
-            "experts": f"{shape.n_routed_experts} routed, {shape.num_experts_per_tok} a token, "
-            f"{shape.n_shared_experts} shared",
-            "vocabulary": shape.vocab_size,
-        },
-        "layout": {
-            "ranks": f"{info.world_size} ({backend.collective_library}), {built.topology.ranks_per_node} a node",
-            **{name: getattr(degrees, name) for name in DENSE_DEGREES if getattr(degrees, name) > 1},
-            "expert": f"{degrees.expert} (x expert_data {degrees.expert_data})"
-            + (f", widths over {degrees.expert_tensor}" if degrees.expert_tensor > 1 else ""),
-            **_pipeline_row(degrees, shape),
-        },
-        "device": {
-            "backend": backend.name,
-            "device": capabilities.device_name,
-            "memory of a rank": readable(rank_memory_bytes(backend, info)),
-            "weights, gradients, moments": readable(built.need.state_bytes),
-            "gathered layers": f"{readable(built.need.gathered_bytes)}, gradients included (activations not counted)"
-            + (f", {readable(built.need.kept_bytes)} of it weights kept in FP8" if built.need.kept_bytes else ""),
-        },
-        "precision": {
-            "compute": config.precision.name + arithmetic,
-            "master weights, gradients": "FP64" if config.precision.name == "fp64" else "FP32",
-            "moments": "FP64" if config.precision.name == "fp64" else config.optim.moments.upper(),
-            **plan_rows(config.precision, modules, compute_dtype=compute_dtype, sends=sends),
-        },
-        "kernels": kernels,
-        "batch": {
-            "global": f"{train.global_batch_size} sequences, {tokens:,} tokens",
-            "per rank": f"{train.micro_batch_size} sequences x {accumulation} micro-batch(es)",
-            "steps": train.steps,
-        },
-        "data": {
-            "source": config.data.source + (f" {config.data.path}" if config.data.path else ""),
-            "tokenizer": f"{config.data.tokenizer} ({data.tokenizer.vocab_size} entries)",
-            "training": f"{len(data.train):,} sequences" if data.train else "streamed in order",
-            "validation": f"{len(data.validation):,} sequences" if data.validation else "none",
-        },
-        "run": {"folder": str(run_dir), "seed": train.seed},
-    }
-
-
-def _pipeline_row(degrees: ParallelConfig, shape: ModelConfig) -> dict[str, object]:
-    if degrees.pipeline == 1:
-        return {}
-    parts = split_layers(degrees, shape.num_hidden_layers, shape.num_nextn_predict_layers)
-    layers = " + ".join(str(len(part.layers)) for part in parts)
-    return {"pipeline stages": f"{degrees.pipeline_schedule}, {layers} layers"}

@@ -16,13 +16,13 @@ from octofold.train.build import (
     draft_fitting,
     materialise,
     model_config,
-    startup_sections,
 )
 from octofold.train.checkpoint.manager import Checkpointer, find
 from octofold.train.config import RunConfig
 from octofold.train.console import Console
 from octofold.train.data.build import build_data
 from octofold.train.metrics import MetricsWriter
+from octofold.train.startup import startup_sections
 from octofold.train.stop import StopSignals
 from octofold.train.trainer import Trainer
 
