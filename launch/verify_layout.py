@@ -108,10 +108,11 @@ def _precision(settings: VerifyConfig, asked: JobConfig) -> PrecisionConfig:
 def _warm_ranks() -> "Iterator[Callable[[int], LocalRanks]]":
     """The processes by their number, started when first asked for and ended with the context."""
     from octofold.parallel.local_ranks import LocalRanks
+    from octofold.train.layout.prove import IMPORTS
 
     warm: dict[int, LocalRanks] = {}
     try:
-        yield lambda ranks: warm.setdefault(ranks, LocalRanks(ranks))
+        yield lambda ranks: warm.setdefault(ranks, LocalRanks(ranks, IMPORTS))
     finally:
         for started in warm.values():
             started.close()

@@ -11,16 +11,20 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import DupFd
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from octofold.backends import gloo
 
 START_TIMEOUT_S = 120.0
 """Each process imports torch first, which takes seconds on a busy machine."""
@@ -30,6 +34,8 @@ GRACE_S = 0.5
 STACKS_SIGNAL = signal.SIGUSR1
 """Makes a rank print the stacks of its threads."""
 HOST = "127.0.0.1"
+STREAMS = (1, 2)
+"""Descriptors of stdout and stderr."""
 
 
 class RankError(RuntimeError):
@@ -37,11 +43,19 @@ class RankError(RuntimeError):
 
 
 class LocalRanks:
-    """`ranks` processes, started by the first `run`, ended by `close` or with the process that owns them."""
+    """`ranks` processes, started by the first `run`, ended by `close` or with the process that owns them.
 
-    def __init__(self, ranks: int) -> None:
+    Args:
+        ranks: how many.
+        imports: modules that the ranks will need, imported once in a server that the ranks are forked from: each would
+            take seconds over them. This process has one such server, which imports what it was first asked to.
+            Without them, each rank is a fresh interpreter, which sees the environment before any module does.
+    """
+
+    def __init__(self, ranks: int, imports: Sequence[str] = ()) -> None:
         assert ranks >= 1, ranks
         self.ranks = ranks
+        self._imports = list(imports)
         self._processes: list[BaseProcess] = []
         self._connections: list[Connection] = []
         self._store: dist.TCPStore | None = None
@@ -90,12 +104,17 @@ class LocalRanks:
         self._processes, self._connections, self._store = [], [], None
 
     def _start(self) -> None:
-        context = get_context("spawn")
+        context: ForkServerContext | SpawnContext = get_context("spawn")
+        if self._imports:
+            context = get_context("forkserver")
+            context.set_forkserver_preload(self._imports)
         # Port 0: a free one. Here and not on rank 0, so that a failing rank takes nothing from the others.
         self._store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
         for rank in range(self.ranks):
             ours, theirs = context.Pipe()
-            arguments = (theirs, rank, self.ranks, self._store.port)
+            # The server was started with the environment and the streams of another moment.
+            place = dict(os.environ), [_Stream(number) for number in STREAMS]
+            arguments = (theirs, rank, self.ranks, self._store.port, *place)
             # Daemons: a parent that forgets to close ends them when it exits.
             process = context.Process(target=_serve, args=arguments, name=f"rank {rank}", daemon=True)
             self._connections.append(ours)
@@ -157,14 +176,38 @@ class LocalRanks:
         return "\n".join(told)
 
 
-def _serve(connection: Connection, rank: int, ranks: int, port: int) -> None:
+class _Stream:
+    """A descriptor of this process, which arrives in another as the number it has there."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __reduce__(self) -> tuple[Callable[[Any], int], tuple[Any]]:
+        return _received, (DupFd(self._number),)
+
+
+def _received(descriptor: Any) -> int:
+    number: int = descriptor.detach()
+    return number
+
+
+def _serve(
+    connection: Connection, rank: int, ranks: int, port: int, environment: dict[str, str], streams: list[int]
+) -> None:
     """Life of a rank: join, then answer requests until the connection or the parent ends."""
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, given in zip(STREAMS, streams, strict=True):
+        # A fresh interpreter has inherited them under their own numbers.
+        if given != number:
+            os.dup2(given, number)
+            os.close(given)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # Ctrl-C reaches the whole terminal group; the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.register(STACKS_SIGNAL)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.TCPStore(HOST, port), rank=rank, world_size=ranks)
+    dist.init_process_group(gloo.register(), store=dist.TCPStore(HOST, port), rank=rank, world_size=ranks)
     connection.send_bytes(pickle.dumps((True, None)))
     with suppress(EOFError):
         while True:

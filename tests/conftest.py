@@ -13,7 +13,7 @@ from octofold.backends.process_group import RankInfo, joined
 from octofold.parallel.local_ranks import LocalRanks
 from octofold.train.config import RunConfig
 from octofold.train.layout.facts import RankFacts
-from octofold.train.layout.prove import facts, one_rank
+from octofold.train.layout.prove import IMPORTS, facts, one_rank
 
 settings.register_profile("octofold", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("octofold")
@@ -29,7 +29,7 @@ def _one_torch_thread() -> None:
 def ranks() -> Iterator[Callable[[int], LocalRanks]]:
     """`ranks(n)`: n processes in a gloo group, the same ones for the whole session."""
     warm: dict[int, LocalRanks] = {}
-    yield lambda n: warm.setdefault(n, LocalRanks(n))
+    yield lambda n: warm.setdefault(n, LocalRanks(n, IMPORTS))
     for started in warm.values():
         started.close()
 

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from octofold.parallel.local_ranks import LocalRanks, RankError
 
 
-@pytest.fixture(scope="module")
-def pair() -> Iterator[LocalRanks]:
+@pytest.fixture(scope="module", params=[(), ("octofold.parallel.local_ranks",)], ids=["fresh", "forked"])
+def pair(request: pytest.FixtureRequest) -> Iterator[LocalRanks]:
     """Two ranks of this module's own, since its tests end them."""
-    with LocalRanks(2) as started:
+    with LocalRanks(2, request.param) as started:
         yield started
 
 

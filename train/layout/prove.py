@@ -19,6 +19,11 @@ from octofold.train.precision.config import PrecisionConfig
 
 RECORD = "octofold.train.layout.record:record"
 """What every rank does; tests plant faults around it."""
+IMPORTS = (
+    *("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.pipelining", "torch.distributed.tensor.parallel"),
+    *("octofold.train.main", "octofold.train.layout.record", "octofold.train.data.documents", "datasets.arrow_writer"),
+)
+"""What a rank needs for it."""
 TIMEOUT_S = 600.0
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-3}
 """Relative. FP32 is a smoke test: Adam and the choice of experts amplify rounding."""
