@@ -1,7 +1,6 @@
 """The loop: fetch a global batch, forward and backward, step, balance, report, evaluate, save."""
 
 import math
-import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -10,17 +9,16 @@ from typing import Any
 
 import torch
 
-from octofold.backends.accounting import Accounting, over_ranks
+from octofold.backends.accounting import Accounting
 from octofold.backends.collectives import all_reduce_sum, world
 from octofold.backends.errors import UserError
 from octofold.backends.hierarchical import sums_taken
 from octofold.backends.observing import observed
 from octofold.backends.topology import Topology
-from octofold.parallel.balance import gather_loads, load_metrics, update_biases
+from octofold.parallel.balance import gather_loads, update_biases
 from octofold.parallel.mesh import Meshes
 from octofold.parallel.pipeline import Pipeline
 from octofold.parallel.placement_moves import ExpertPlacement
-from octofold.parallel.transport import COUNTED, PURPOSES
 from octofold.train.accumulate import Accumulation
 from octofold.train.build import Names
 from octofold.train.checkpoint.manager import Checkpointer
@@ -41,6 +39,7 @@ from octofold.train.models.gate import take_loss_sums
 from octofold.train.models.stages import Stages
 from octofold.train.precision.apply import forget_weights, roll_histories, set_loss_scale, take_traffic
 from octofold.train.precision.watch import Health, Watch
+from octofold.train.reporting import Interval, load_record, step_metrics
 from octofold.train.sampling import generate
 from octofold.train.stop import StopSignals
 
@@ -97,10 +96,11 @@ class Trainer:
         """`metrics` is for rank 0 alone."""
         self.meshes, self.names, self.pipeline, self.placement = meshes, names, pipeline, placement
         self.config, self.model, self.engine, self.data, self.loader = config, model, engine, data, loader
-        self.watch, self.utilisation = watch, utilisation
+        self.watch = watch
         self.checkpointer, self.console, self.metrics = checkpointer, console, metrics
         self.topology, self.rank, self.device = topology, rank, device
-        self.accounting = Accounting(topology) if config.train.log_communication else None
+        accounting = Accounting(topology) if config.train.log_communication else None
+        self.interval = Interval(config.parallel, utilisation, accounting)
         self.gates = model.gates()
         self.accumulation = Accumulation(
             model,
@@ -117,21 +117,18 @@ class Trainer:
         self._skipped_in_row = 0
         self._rank_imbalance = 1.0
         self._health: Health | None = None
-        self._started_s = time.monotonic()
-        self._begin_interval()
 
     def run(self, stop: StopSignals) -> bool:
         """Train to the configured number of steps; False: stopped by a signal. Saves in both cases."""
         train = self.config.train
-        self._started_s = time.monotonic()
+        self.interval.start()
         with (
             self.console.progress(train.steps, self.progress.step) as bar,
             sums_taken(self.config.backend.all_reduce, world(), self.topology),
         ):
-            self._begin_interval()
             going_on = True
             while going_on and self.progress.step < train.steps:
-                with nullcontext() if self.accounting is None else observed(self.accounting):
+                with nullcontext() if self.interval.accounting is None else observed(self.interval.accounting):
                     going_on = self.step(stop, bar)
                 if self.progress.step == train.steps or not going_on:
                     break
@@ -155,15 +152,18 @@ class Trainer:
         loads_GE = self._balance(result, schedule)
         self.progress.step += 1
         self.progress.tokens_seen += int(tokens_J[0])
-        self._place(loads_GE)
+        moved = self._place(loads_GE)
         balance_sums = take_loss_sums(list(self.gates.values())).to(shares_J)
         wish = shares_J.new_tensor([stop.received is not None])
         sent = take_traffic(self.model).to(shares_J)
         ended = all_reduce_sum(torch.cat([shares_J, balance_sums, wish, sent]))
         summed_J, summed_balance, wishes, sent = ended.split([len(shares_J), len(balance_sums), 1, len(sent)])
-        self._interval_traffic += sent.cpu()
+        self.interval.add(tokens=int(tokens_J[0]), traffic=sent, moved_experts=moved)
         losses = self._losses(summed_J.tolist(), summed_balance.tolist())
-        self._report(bar, losses, result, loads_GE, int(tokens_J[0]))
+        self._count_skipped(losses, result)
+        is_last = self.progress.step == self.config.train.steps
+        if self.progress.step % self.config.train.log_every == 0 or is_last or not result.applied:
+            self._report(bar, losses, result, loads_GE)
         return not wishes.any()
 
     def _schedule(self) -> Schedule:
@@ -196,17 +196,21 @@ class Trainer:
             update_biases(list(biased.values()), loads_GE[list(biased)], schedule.bias_update_rate)
         return loads_GE
 
-    def _place(self, loads_GE: torch.Tensor | None) -> None:
-        """Where experts are packed anew from time to time: remember their loads, move them when it is time."""
+    def _place(self, loads_GE: torch.Tensor | None) -> int:
+        """Where experts are packed anew from time to time: remember their loads, move them when it is time.
+
+        Returns how many were moved.
+        """
         if self.placement is None or loads_GE is None:
-            return
+            return 0
         self._rank_imbalance = self.placement.imbalance(loads_GE)
         self.placement.observe(loads_GE)
-        if self.progress.step % self.config.parallel.placement_every == 0:
-            moved = self.placement.improve()
-            self._interval_moved += moved
-            if moved:
-                forget_weights(self.model)
+        if self.progress.step % self.config.parallel.placement_every:
+            return 0
+        moved = self.placement.improve()
+        if moved:
+            forget_weights(self.model)
+        return moved
 
     def logical_order(self) -> AbstractContextManager[None]:
         """Every expert where its number puts it, for as long as weights or moments are read. Collective."""
@@ -224,43 +228,22 @@ class Trainer:
         return named
 
     def _report(
-        self,
-        bar: RunProgress,
-        losses: dict[str, Any],
-        result: StepResult,
-        loads_GE: torch.Tensor | None,
-        tokens: int,
+        self, bar: RunProgress, losses: dict[str, Any], result: StepResult, loads_GE: torch.Tensor | None
     ) -> None:
-        step, train = self.progress.step, self.config.train
-        self._count_skipped(losses, result)
-        self._interval_tokens += tokens
-        self._interval_steps += 1
-        if step % train.log_every and step != train.steps and result.applied:
-            return
-        now_s = time.monotonic()
-        elapsed_s = max(now_s - self._interval_s, 1e-9)
+        """Log and show the step, with means over the steps since the last report. Collective."""
         record: dict[str, Any] = {
             "kind": "train",
-            "step": step,
+            "step": self.progress.step,
             **losses,
-            "lr": result.lr,
-            "grad_norm": result.grad_norm,
-            "applied": result.applied,
-            "loss_scale": result.loss_scale,
+            **step_metrics(result),
             "overflows": self.engine.scaler.overflows,
             "tokens": self.progress.tokens_seen,
-            "tokens_per_s": self._interval_tokens / elapsed_s,
-            "step_s": elapsed_s / self._interval_steps,
-            "time_s": now_s - self._started_s,
-            **self._sent_metrics(),
-            **self._placement_metrics(),
-            **self.utilisation.metrics(elapsed_s / self._interval_steps),
-            **self._communication_metrics(),
+            **({} if self.placement is None else {"rank_imbalance": self._rank_imbalance}),
+            **self.interval.take(self.device),
             **({"precision_health": self._health} if self._health is not None else {}),
-            **(self._load_metrics(loads_GE) if loads_GE is not None else {}),
+            **(load_record(self.names.gates, loads_GE) if loads_GE is not None else {}),
         }
         self._health = None
-        self._begin_interval()
         self.log(record)
         bar.update(record)
 
@@ -285,50 +268,6 @@ class Trainer:
         skipped = "the update was skipped on every rank"
         self.console.warn(f"step {step}: gradient norm is {result.grad_norm}; {skipped}{shrunk}")
 
-    def _begin_interval(self) -> None:
-        """Start counting what the next report is averaged over."""
-        self._interval_s, self._interval_tokens, self._interval_steps = time.monotonic(), 0, 0
-        self._interval_moved = 0
-        self._interval_traffic = torch.zeros(len(COUNTED), dtype=torch.float64)
-
-    def _sent_metrics(self) -> dict[str, Any]:
-        """What all ranks sent to other ranks' experts in a step, and what found no place, where that can be."""
-        parallel, steps = self.config.parallel, self._interval_steps
-        counted = dict(zip(COUNTED, (self._interval_traffic / steps).tolist(), strict=True))
-        metrics: dict[str, Any] = {}
-        if parallel.expert * parallel.expert_tensor > 1:
-            metrics["sent_bytes"] = {purpose: counted[purpose] for purpose in PURPOSES}
-            if any(counted[f"network_{purpose}"] for purpose in PURPOSES):
-                metrics["network_bytes"] = {purpose: counted[f"network_{purpose}"] for purpose in PURPOSES}
-        if parallel.expert_capacity:
-            metrics["dropped_tokens"] = counted["dropped_tokens"]
-        return metrics
-
-    def _placement_metrics(self) -> dict[str, Any]:
-        """How even the load of the last step was over ranks, as experts stood then, and how many have moved since."""
-        if self.placement is None:
-            return {}
-        return {"rank_imbalance": self._rank_imbalance, "moved_experts": self._interval_moved}
-
-    def _communication_metrics(self) -> dict[str, Any]:
-        """What a step's collectives cost, over all ranks. Collective."""
-        if self.accounting is None:
-            return {}
-        costs = over_ranks(self.accounting.take(), self._interval_steps, self.device)
-        self.accounting.take()  # what gathering them cost
-        return {"communication": costs}
-
-    def _load_metrics(self, loads_GE: torch.Tensor) -> dict[str, Any]:
-        """The loads as the metrics name them: of the worst layer, of all layers, and layer by layer."""
-        layers, metrics = [str(layer) for layer in self.names.gates], load_metrics(loads_GE)
-        shares_GE = loads_GE / loads_GE.sum(1, keepdim=True)
-        return {
-            "imbalance": float(metrics["imbalance"].max()),
-            "unused_experts": int((loads_GE == 0).sum()),
-            "balance": {name: dict(zip(layers, of_G.tolist(), strict=True)) for name, of_G in metrics.items()},
-            "expert_load": dict(zip(layers, shares_GE.tolist(), strict=True)),
-        }
-
     def validate(self, sequences: int) -> dict[str, Any] | None:
         """Loss on the first `sequences` of the validation split, logged and shown; None where there is no split."""
         if self.data.validation is None:
@@ -340,11 +279,11 @@ class Trainer:
             data_rank=self.meshes.data_rank,
             data_ranks=self.config.parallel.data,
         )
-        began_s = time.monotonic()
-        mask = self.config.data.mask_documents
-        loss, tokens = evaluate(
-            self.model, batches, self.meshes, pipeline=self.pipeline, mask_documents=mask, device=self.device
-        )
+        with self.interval.paused():
+            mask = self.config.data.mask_documents
+            loss, tokens = evaluate(
+                self.model, batches, self.meshes, pipeline=self.pipeline, mask_documents=mask, device=self.device
+            )
         record = {
             "kind": "validation",
             "step": self.progress.step,
@@ -354,12 +293,11 @@ class Trainer:
         }
         self.log(record)
         self.console.validation(record)
-        self._interval_s += time.monotonic() - began_s
         return record
 
     def finish(self) -> dict[str, Any]:
         """Closing validation, n-gram baselines and a sample, as the `final` record."""
-        train_s = time.monotonic() - self._started_s
+        train_s = self.interval.elapsed_s
         validation = self.validate(self.config.train.final_eval_sequences)
         text = ""
         if self.config.train.sample_tokens and not self.meshes.whole_model:
@@ -398,7 +336,6 @@ class Trainer:
         """Save a checkpoint of the present step, unless there is one."""
         if self.saved_step == self.progress.step:
             return
-        began_s = time.monotonic()
         state: dict[str, Any] = {
             "step": self.progress.step,
             "updates": self.engine.updates,
@@ -409,10 +346,9 @@ class Trainer:
         }
         if self.placement is not None:
             state["placement"] = self.placement.state_dict()
-        with self.logical_order():
+        with self.interval.paused(), self.logical_order():
             self.last_checkpoint = self.checkpointer.save(self.progress.step, self.engine.tensors(), state)
         self.saved_step = self.progress.step
-        self._interval_s += time.monotonic() - began_s
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint."""
