@@ -27,7 +27,11 @@ class Backend(ABC):
 
     name: str
     collective_library: str
-    """The name torch.distributed knows it by."""
+    """Its name for people."""
+
+    def process_groups(self) -> str:
+        """What `torch.distributed.init_process_group` is told: the library, or what this backend has registered."""
+        return self.collective_library
 
     @abstractmethod
     def why_unavailable(self) -> str | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from octofold.backends import gloo
 from octofold.backends.base import Backend, Capabilities
 
 CGROUP_LIMITS = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
@@ -29,6 +30,9 @@ class CpuBackend(Backend):
 
     name = "cpu"
     collective_library = "gloo"
+
+    def process_groups(self) -> str:
+        return gloo.register()
 
     def why_unavailable(self) -> str | None:
         return None

@@ -1,7 +1,7 @@
 """gloo as CPU ranks join it: one network device for all groups of a process.
 
-By itself, torch gives every gloo group a device of its own, whose thread wakes a hundred times a second. A layout makes
-some twenty groups, so eight ranks on two cores spend a quarter of a core on that and nothing else, and a process that
+By itself, torch gives every gloo group a device of its own, whose thread wakes a hundred times a second: 0.14% of a
+core a group. A layout makes some twenty groups, so eight ranks spend a quarter of a core on nothing, and a process that
 proves one layout after another soon spends all of it.
 """
 

@@ -58,7 +58,7 @@ def joined(backend: Backend, config: BackendConfig, info: RankInfo) -> Iterator[
         rule = "several ranks meet at MASTER_ADDR:MASTER_PORT, which are not both set"
         raise ConfigError("MASTER_ADDR", shown, rule, "start the ranks with torchrun, or with launch.nproc_per_node")
     dist.init_process_group(
-        backend.collective_library,
+        backend.process_groups(),
         rank=info.rank,
         world_size=info.world_size,
         store=store,

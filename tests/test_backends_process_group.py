@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from octofold.backends import gloo
 from octofold.backends.collectives import all_reduce_sum
 from octofold.backends.config import BackendConfig
 from octofold.backends.cpu import CpuBackend
@@ -35,7 +36,7 @@ def test_a_launchers_variables_are_read(monkeypatch):
 def test_a_world_of_one_has_a_group_while_it_is_joined():
     for _ in range(2):
         with joined(CpuBackend(), ONE_THREAD, RankInfo()):
-            assert (dist.get_rank(), dist.get_world_size(), dist.get_backend()) == (0, 1, "gloo")
+            assert (dist.get_rank(), dist.get_world_size(), dist.get_backend()) == (0, 1, gloo.NAME)
             assert all_reduce_sum(torch.tensor([2.0])).tolist() == [2.0]
         assert not dist.is_initialized()
 
