@@ -1,4 +1,4 @@
-"""Sums over a group in steps that follow its links: inside each node, between nodes, inside each node again.
+"""Sums over all ranks in steps that follow their links: inside each node, between nodes, inside each node again.
 
 Between nodes every rank then sends 2 (nodes - 1) / nodes of its own part, a share of the whole that is as small as the
 node is large, and all ranks of a node send at once. For the sums of the trainer; gradients are summed by FSDP2, whose
@@ -11,15 +11,14 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from octofold.backends.collectives import Group, all_gather_stack, all_reduce_sum, reduce_scatter_stack, sums
+from octofold.backends.collectives import Group, all_gather_stack, all_reduce_sum, reduce_scatter_stack, sums, world
 from octofold.backends.errors import ConfigError
-from octofold.backends.observing import group_name
 from octofold.backends.topology import Topology
 
 
 @contextmanager
-def sums_taken(name: str, group: Group, topology: Topology) -> Iterator[None]:
-    """Take sums over a group (`collectives.all_reduce_sum`) in this way inside the context. Collective over the group.
+def sums_taken(name: str, topology: Topology) -> Iterator[None]:
+    """Take sums over the world (`collectives.all_reduce_sum`) in this way inside the context. Collective.
 
     Args:
         name: flat or hierarchical.
@@ -28,11 +27,11 @@ def sums_taken(name: str, group: Group, topology: Topology) -> Iterator[None]:
         ConfigError: see `HierarchicalSum`.
     """
     if name == "hierarchical":
-        sums[group] = HierarchicalSum(group, topology)
+        sums[world()] = HierarchicalSum(topology)
     try:
         yield
     finally:
-        sums.pop(group, None)
+        sums.pop(world(), None)
 
 
 class HierarchicalSum:
@@ -41,24 +40,22 @@ class HierarchicalSum:
     Equal to a flat sum but for the order of additions.
     """
 
-    def __init__(self, group: Group, topology: Topology) -> None:
-        """Make the groups that it takes. Collective: every rank of `group` calls it.
+    def __init__(self, topology: Topology) -> None:
+        """Make the groups that it takes. Collective: every rank calls it.
 
         Raises:
-            ConfigError: the group has more ranks in one node than in another.
+            ConfigError: one node has more ranks than another.
         """
-        nodes = topology.by_node(dist.get_process_group_ranks(group))
+        nodes = topology.by_node(range(dist.get_world_size()))
         if len({len(ranks) for ranks in nodes.values()}) > 1:
             shown = ", ".join(f"{len(ranks)} rank(s) in node {node}" for node, ranks in nodes.items())
-            rule = f"a hierarchical sum over {group_name(group)} needs as many ranks in each node; found {shown}"
+            rule = f"a hierarchical sum needs as many ranks in each node; found {shown}"
             raise ConfigError("backend.all_reduce", "hierarchical", rule, "backend.all_reduce=flat")
-        own = nodes[topology.node(dist.get_rank())]
-        place = own.index(dist.get_rank())
-        self.in_node = _subgroup(group, own, "in_node")
-        self.across = _subgroup(group, [ranks[place] for ranks in nodes.values()], "across_nodes")
+        self.in_node = _own_group(list(nodes.values()), "world_in_node")
+        self.across = _own_group([list(ranks) for ranks in zip(*nodes.values(), strict=True)], "world_across_nodes")
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum `values`, of any shape, over the group, in place, and return it."""
+        """Sum `values`, of any shape, over the world, in place, and return it."""
         ranks = self.in_node.size()
         flat = values.flatten()
         padded = torch.nn.functional.pad(flat, (0, -flat.numel() % ranks))
@@ -67,7 +64,15 @@ class HierarchicalSum:
         return values
 
 
-def _subgroup(group: Group, ranks: list[int], name: str) -> Group:
-    subgroup = dist.new_group(ranks, use_local_synchronization=True, group_desc=f"{group_name(group)}_{name}")
-    assert isinstance(subgroup, Group)
-    return subgroup
+def _own_group(members: list[list[int]], name: str) -> Group:
+    """Of groups that together hold every rank, that of this rank.
+
+    Every rank takes part in making all of them. torch can make a group among its members alone, but names it by how
+    many groups a rank belongs to: where that differs between members, they wait for one another for ever.
+    """
+    own = None
+    for ranks in members:
+        group = dist.new_group(ranks, group_desc=name)
+        own = group if dist.get_rank() in ranks else own
+    assert isinstance(own, Group)
+    return own

@@ -16,7 +16,6 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from octofold.backends.accounting import Accounting, over_ranks
 from octofold.backends.collectives import (
-    Group,
     all_gather_bytes,
     all_gather_stack,
     all_reduce_sum,
@@ -144,21 +143,22 @@ def routes_of(config: RunConfig) -> set[str]:
 # --- sums, messages, costs -------------------------------------------------------------------------------------------
 
 
-def hierarchical(values: list[torch.Tensor], topology: Topology, members: list[int]) -> torch.Tensor | str | None:
-    """`values[rank]` summed in steps over a group of `members`; a refusal's text; None outside the group."""
+def group_of(members: list[int]) -> None:
+    """Make a group of some ranks."""
+    dist.new_group(members)
+
+
+def hierarchical(values: list[torch.Tensor], topology: Topology) -> torch.Tensor | str:
+    """`values[rank]` summed in steps; a refusal's text."""
     rank = dist.get_rank()
-    group = dist.new_group(members)
-    if rank not in members:
-        return None
-    assert isinstance(group, Group)
     own = values[rank].clone()
     try:
-        with sums_taken("hierarchical", group, topology):
-            summed = all_reduce_sum(own, group)
+        with sums_taken("hierarchical", topology):
+            summed = all_reduce_sum(own)
     except ConfigError as error:
         return str(error)
     assert summed.data_ptr() == own.data_ptr(), "in place"
-    flat = all_reduce_sum(values[rank].clone(), group)
+    flat = all_reduce_sum(values[rank].clone())
     torch.testing.assert_close(summed, flat, rtol=1e-12, atol=0)
     return summed
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from octofold.backends.accounting import Accounting
-from octofold.backends.collectives import all_reduce_sum, world
+from octofold.backends.collectives import all_reduce_sum
 from octofold.backends.errors import UserError
 from octofold.backends.hierarchical import sums_taken
 from octofold.backends.observing import observed
@@ -124,7 +124,7 @@ class Trainer:
         self.interval.start()
         with (
             self.console.progress(train.steps, self.progress.step) as bar,
-            sums_taken(self.config.backend.all_reduce, world(), self.topology),
+            sums_taken(self.config.backend.all_reduce, self.topology),
         ):
             going_on = True
             while going_on and self.progress.step < train.steps:
