@@ -26,7 +26,7 @@ OCTOFOLD = Path(sys.executable).with_name("octofold")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
 # A run that is stopped when it has done what is measured.
 ENDLESS = ["run_dir=run", "train.steps=100000", "train.log_every=1", "train.eval_every=0"]
-INTERRUPTED = 128 + signal.SIGTERM
+INTERRUPTED = 0  # stopped by SIGTERM, and saved
 MEMORY_STEPS = 4
 
 

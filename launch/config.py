@@ -14,7 +14,10 @@ class LaunchConfig:
     nproc_per_node: int = 1
     """Ranks to start on this machine; ignored where a launcher has already started them."""
     stop_deadline_s: float = 30.0
-    """After Ctrl-C, ranks still running after this are killed."""
+    """Ranks save and end within this after Ctrl-C, SIGTERM or SIGUSR1; those that do not are killed."""
+    max_restarts: int = 3
+    """How often ranks are started again when one of them has failed, to go on from the newest valid checkpoint. Ranks
+    that a launcher has started are its own to restart (torchrun --max-restarts)."""
 
 
 @dataclass(frozen=True)
@@ -34,3 +37,5 @@ def check(launch: LaunchConfig) -> None:
         )
     if not 0 <= launch.stop_deadline_s < float("inf"):
         raise ConfigError("launch.stop_deadline_s", launch.stop_deadline_s, "a number of seconds", "30")
+    if launch.max_restarts < 0:
+        raise ConfigError("launch.max_restarts", launch.max_restarts, "a count", "launch.max_restarts=0 for none")

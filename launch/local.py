@@ -1,27 +1,18 @@
 """How ranks come to be: joined where a launcher has started this process as one, else started here by torch's agent."""
 
-import json
-import logging
-import math
 import os
 import re
-import signal
 import sys
-import threading
 from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
 
 from octofold.backends.errors import UserError
 from octofold.launch.config import LaunchConfig
-
-if TYPE_CHECKING:
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-
-LOG_LINES_SHOWN = 15
+from octofold.launch.failures import clear_notes
+from octofold.launch.restart import mark_start
+from octofold.train.stop import exit_status
 
 
 @dataclass(frozen=True)
@@ -98,38 +89,50 @@ def tasks_of_node(tasks: str, node: int) -> int:
     return counts[node]
 
 
-def start_ranks(launch: LaunchConfig, run_dir: Path) -> int:
+@dataclass(frozen=True)
+class Ended:
+    """How a job's processes ended."""
+
+    status: int
+    """0; 1 for a failure, 2 for a user's mistake (both told on stderr); 128 + signal: interrupted by a person, or not
+    saved in time. 0 after a scheduler's signal once all is saved."""
+    stopped_by: int | None = None
+    """The signal that ended it before its last step."""
+
+
+def start_ranks(launch: LaunchConfig, run_dir: Path) -> Ended:
     """Start `launch.nproc_per_node` ranks of the run in `run_dir` and stay until all have ended.
 
-    SIGINT and SIGTERM are passed on; ranks then finish their step and save. Ranks that outlive
-    `launch.stop_deadline_s`, or the second signal, are killed. Ranks never outlive this process.
+    Signals are passed on; ranks then finish their step and save. Ranks that outlive `launch.stop_deadline_s`, or the
+    second signal, are killed. When one fails, all are ended and started again, `launch.max_restarts` times, to go on
+    from the newest valid checkpoint; not after a user's mistake, or the same exception again. Ranks never outlive this
+    process.
 
-    Returns:
-        The exit status: 0, 1 for a failure (told on stderr), 2 for a user's mistake, 128 + signal when interrupted.
+    Raises:
+        ConfigError: the run's log folder cannot be written.
     """
-    logs = run_dir / "logs"
-    logs.mkdir(exist_ok=True)
-    for stale in logs.glob("failure_rank_*.json"):
-        stale.unlink()
-    agent = _make_agent(launch, run_dir)
-    stop = _Stop(agent, launch.stop_deadline_s)
-    with _rank_environment(launch.nproc_per_node), stop.installed():
+    from octofold.launch.agent import RankAgent
+
+    mark_start(run_dir)
+    clear_notes(run_dir / "logs")
+    agent = RankAgent(launch, run_dir)
+    with _rank_environment(launch.nproc_per_node), agent.handling_signals():
         result = agent.run()
-    if stop.killed_ranks:
-        print(f"octofold: {stop.killed_ranks}; the newest complete checkpoint stands", file=sys.stderr)
-    failure = _first_failure(logs, result.failures, stop.signum is not None)
-    if failure:
-        print(f"octofold: {failure[1]}", file=sys.stderr)
-    if stop.signum is not None:
-        return 128 + stop.signum
-    return failure[0] if failure else 0
+    if agent.killed_why:
+        print(f"octofold: {agent.killed_why}; the newest complete checkpoint stands", file=sys.stderr)
+    if agent.failure and result.is_failed():
+        print(f"octofold: {agent.failure.message}", file=sys.stderr)
+    if agent.stopped_by is not None:
+        unsaved = result.is_failed() or agent.killed_why
+        return Ended(128 + agent.stopped_by if unsaved else exit_status(agent.stopped_by), agent.stopped_by)
+    return Ended(agent.failure.status if agent.failure and result.is_failed() else 0)
 
 
 @contextmanager
 def _rank_environment(ranks: int) -> Iterator[None]:
     """Variables that the agent reads or hands to the ranks, set while they start and run."""
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    # The agent takes at least one signal for itself; the usual ones are `_Stop`'s.
+    # The agent takes at least one signal for itself; the usual ones are handled by `RankAgent`.
     added = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT", "OMP_NUM_THREADS": str(threads)}
     added = {name: value for name, value in added.items() if name not in os.environ}
     os.environ.update(added)
@@ -138,115 +141,3 @@ def _rank_environment(ranks: int) -> Iterator[None]:
     finally:
         for name in added:
             del os.environ[name]
-
-
-def _make_agent(launch: LaunchConfig, run_dir: Path) -> "LocalElasticAgent":
-    """torchrun's agent for one node, with the ranks' output left as it is."""
-    import uuid
-
-    from torch.distributed.elastic.agent.server import WorkerSpec
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.elastic.rendezvous import RendezvousParameters, registry
-
-    # Its lines repeat, with tracebacks, what is told at the end in one place.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    rendezvous = RendezvousParameters("c10d", "localhost:0", uuid.uuid4().hex, 1, 1, local_addr="localhost")
-    # The agent substitutes ${local_rank} in arguments; a dollar in a path must survive that.
-    path = str(run_dir).replace("$", "$$")
-    spec = WorkerSpec(
-        role="rank",
-        local_world_size=launch.nproc_per_node,
-        rdzv_handler=registry.get_rendezvous_handler(rendezvous),
-        entrypoint=sys.executable,
-        args=("-P", "-m", "octofold.launch.worker", path, os.getpid()),
-        max_restarts=0,
-        monitor_interval=0.1,
-        local_addr="localhost",
-    )
-    return LocalElasticAgent(spec, DefaultLogsSpecs(os.devnull), shutdown_timeout=math.ceil(launch.stop_deadline_s))
-
-
-class _Stop:
-    """Passes a signal on to the ranks, and kills them when they outstay the deadline or a second signal comes."""
-
-    def __init__(self, agent: "LocalElasticAgent", deadline_s: float) -> None:
-        self.signum: int | None = None
-        self.killed_ranks = ""
-        self._agent, self._deadline_s = agent, deadline_s
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Handle SIGINT, SIGTERM and (as SIGTERM; unless nohup ignores it) SIGHUP while the context lasts."""
-        signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-        before = {s: signal.getsignal(s) for s in signals if signal.getsignal(s) is not signal.SIG_IGN}
-        for signum in before:
-            signal.signal(signum, self._handle)
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
-
-    def _handle(self, signum: int, _frame: FrameType | None) -> None:
-        if not self._pids():
-            sys.exit(128 + signum)
-        if self.signum is not None:
-            self._kill("ranks killed at the second signal")
-            return
-        self.signum = signum
-        passed_on = signal.SIGTERM if signum == signal.SIGHUP else signum
-        for pid in self._pids():
-            with suppress(ProcessLookupError):
-                os.kill(pid, passed_on)
-        reason = f"ranks killed after launch.stop_deadline_s={self._deadline_s:g}"
-        timer = threading.Timer(self._deadline_s, self._kill, [reason])
-        timer.daemon = True
-        timer.start()
-
-    def _kill(self, reason: str) -> None:
-        self.killed_ranks = self.killed_ranks or reason
-        for pid in self._pids():
-            with suppress(ProcessLookupError):
-                # Each rank leads a process group, which holds its loader processes too.
-                os.killpg(pid, signal.SIGKILL)
-
-    def _pids(self) -> list[int]:
-        return [worker.id for worker in self._agent.get_worker_group().workers if worker.id]
-
-
-def _first_failure(logs: Path, failures: dict[int, Any], interrupted: bool) -> tuple[int, str] | None:
-    """Exit status and account of the failure that the others followed from, or None if nothing failed.
-
-    Args:
-        logs: the run's log folder.
-        failures: the agent's, by rank, each with its exit code and the second in which it was noticed.
-        interrupted: a signal was passed on, so that ranks dead by a signal are no failure.
-    """
-    noted = [json.loads(path.read_text(encoding="utf-8")) for path in logs.glob("failure_rank_*.json")]
-    if failures and not interrupted:
-        first_s = min(failure.timestamp for failure in failures.values())
-        for rank, failure in failures.items():
-            # Killed from outside, or crashed: what the others noted (a lost connection) is its consequence. A rank
-            # that the agent ended afterwards died of SIGTERM, or later.
-            is_first = failure.timestamp == first_s
-            if is_first and failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
-                return 1, _account(logs, rank, f"died of {signal.Signals(-failure.exitcode).name}", None)
-    if noted:
-        first = min(noted, key=lambda failure: failure["time_ns"])
-        if first["is_users"]:
-            return 2, first["message"]
-        return 1, _account(logs, first["rank"], "failed", first["message"])
-    if failures and not interrupted:
-        rank, failure = next(iter(failures.items()))
-        return 1, _account(logs, rank, f"ended with exit status {failure.exitcode}", None)
-    return None
-
-
-def _account(logs: Path, rank: int, what: str, text: str | None) -> str:
-    log = logs / f"rank_{rank}.log"
-    if text is None:
-        text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    tail = "\n".join(f"  {line}" for line in text.splitlines()[-LOG_LINES_SHOWN:])
-    where = f" ({log})" if log.exists() else " (its output is above)"
-    return f"rank {rank} {what}{where}\n{tail}".rstrip()

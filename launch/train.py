@@ -11,9 +11,12 @@ from typing import NoReturn
 
 from octofold.backends.errors import ConfigError, UserError
 from octofold.launch.config import JobConfig
+from octofold.launch.failures import USERS_MISTAKE
 from octofold.launch.job import Job, draft, settle
-from octofold.launch.local import Joined, join, start_ranks
+from octofold.launch.local import Ended, Joined, join, start_ranks
+from octofold.launch.restart import after_restart, leave_mistake, mark_start, restarts
 from octofold.launch.run_folder import config_node, default_run_dir, make_run_folder, restore_config, write_config
+from octofold.train.stop import exit_status
 
 
 def run(argv: list[str]) -> int:
@@ -36,7 +39,7 @@ def run(argv: list[str]) -> int:
     if joined:
         return _join(settle(options.overrides, options.config_dir, joined.world_size), joined)
     job = settle(options.overrides, options.config_dir)
-    return _start(job, in_process=job.config.launch.nproc_per_node == 1)
+    return _start(job, in_process=job.config.launch.nproc_per_node == 1).status
 
 
 class _Parser(argparse.ArgumentParser):
@@ -93,26 +96,28 @@ def _multirun(options: argparse.Namespace) -> int:
     first_failure = 0
     for number, (job, overrides) in enumerate(zip(jobs, texts, strict=True), start=1):
         print(f"octofold: job {number} of {len(jobs)}: {shlex.join(overrides)}", file=sys.stderr)
-        status = _start(job, in_process=False)
-        if status > 128:
-            return status
-        first_failure = first_failure or status
+        ended = _start(job, in_process=False)
+        if ended.stopped_by is not None:
+            return ended.status
+        first_failure = first_failure or ended.status
     return first_failure
 
 
-def _start(job: Job, in_process: bool) -> int:
-    """Run a job whose ranks nobody has started yet."""
+def _start(job: Job, in_process: bool) -> Ended:
+    """Run a job whose ranks nobody has started yet, or rank 0 of one whose ranks a launcher has started."""
     run_dir = make_run_folder(job.config, resuming=job.reuse_folder)
     config = replace(job.config, run_dir=str(run_dir))
     previous = write_config(run_dir, config)
+    if in_process and not restarts():
+        mark_start(run_dir)
     try:
-        status = _train_here(config, run_dir) if in_process else start_ranks(config.launch, run_dir)
+        ended = _train_here(config, run_dir) if in_process else start_ranks(config.launch, run_dir)
     except UserError:
         restore_config(run_dir, previous)
         raise
-    if status == 2:
+    if ended.status == USERS_MISTAKE:
         restore_config(run_dir, previous)
-    return status
+    return ended
 
 
 def _join(job: Job, joined: Joined) -> int:
@@ -123,15 +128,24 @@ def _join(job: Job, joined: Joined) -> int:
             rule = "every rank must find the same folder, and the launcher gives the job no id"
             raise ConfigError("run_dir", "null", rule, "run_dir=FOLDER")
         run_dir = str(default_run_dir(job.config.name, joined.job_id))
-    config = replace(job.config, run_dir=str(Path(run_dir).expanduser().absolute()))
-    if joined.rank == 0:
-        return _start(replace(job, config=config), in_process=True)
-    # Only rank 0 can tell a folder that holds a run from one that it has begun to fill itself.
-    return _train_here(config, make_run_folder(config, resuming=True))
+    folder = Path(run_dir).expanduser().absolute()
+    config = replace(job.config, run_dir=str(folder))
+    if restarts():
+        job = replace(job, config=after_restart(config, folder), reuse_folder=True)
+    else:
+        job = replace(job, config=config)
+    try:
+        if joined.rank == 0:
+            return _start(job, in_process=True).status
+        # Only rank 0 can tell a folder that holds a run from one that it has begun to fill itself.
+        return _train_here(job.config, make_run_folder(job.config, resuming=True)).status
+    except UserError as error:
+        leave_mistake(folder, error)
+        raise
 
 
-def _train_here(config: JobConfig, run_dir: Path) -> int:
+def _train_here(config: JobConfig, run_dir: Path) -> Ended:
     from octofold.train.main import train
 
-    outcome = train(config, run_dir)
-    return 0 if outcome.interrupted_by is None else 128 + outcome.interrupted_by
+    outcome = train(config, run_dir, stop_deadline_s=config.launch.stop_deadline_s)
+    return Ended(exit_status(outcome.interrupted_by), outcome.interrupted_by)

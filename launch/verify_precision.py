@@ -138,11 +138,13 @@ def _train(config: JobConfig, run_dir: Path) -> int:
     make_run_folder(config, resuming=True)
     write_config(run_dir, config)
     if config.launch.nproc_per_node > 1:
-        return start_ranks(config.launch, run_dir)
+        ended = start_ranks(config.launch, run_dir)
+        # A run that stopped in time has ended well, a verification that is not finished has not.
+        return ended.status if ended.stopped_by is None else 128 + ended.stopped_by
     from octofold.train.main import train
 
     try:
-        outcome = train(config, run_dir)
+        outcome = train(config, run_dir, stop_deadline_s=config.launch.stop_deadline_s)
     except UserError as error:
         print(f"octofold: {error}", file=sys.stderr)
         return 2

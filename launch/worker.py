@@ -4,15 +4,13 @@ Rank 0 owns the console; the others write to RUN_DIR/logs/rank_N.log. A rank tha
 there, with the time, so that the parent can tell the first failure from those it caused.
 """
 
-import json
 import os
 import signal
 import sys
-import time
-import traceback
 from pathlib import Path
 
 from octofold.backends.errors import UserError
+from octofold.launch.failures import USERS_MISTAKE, leave_note
 
 PR_SET_PDEATHSIG = 1
 
@@ -24,19 +22,22 @@ def main() -> int:
     rank = int(os.environ["RANK"])
     log = run_dir / "logs" / f"rank_{rank}.log"
     if rank:
-        _redirect_output(log)
+        _redirect_output(log, rank)
     # Until train() handles these itself, a rank that is told to stop has nothing to save and just ends.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
+        from octofold.launch.restart import after_restart, restarts
         from octofold.launch.run_folder import read_config
         from octofold.train.main import train
 
-        train(read_config(run_dir), run_dir)
+        config = read_config(run_dir)
+        config = after_restart(config, run_dir) if restarts() else config
+        train(config, run_dir, stop_deadline_s=config.launch.stop_deadline_s)
     except UserError as error:
-        _leave_failure(log, rank, error, is_users=True)
-        return 2
+        leave_note(log.parent, rank, error, is_users=True)
+        return USERS_MISTAKE
     except Exception as error:
-        _leave_failure(log, rank, error, is_users=False)
+        leave_note(log.parent, rank, error, is_users=False)
         raise SystemExit(1) from error
     return 0
 
@@ -55,22 +56,17 @@ def die_with(parent: int) -> None:
         sys.exit(1)
 
 
-def _redirect_output(log: Path) -> None:
+def _redirect_output(log: Path, rank: int) -> None:
     """Send this process's output, C++'s included, to a file that later attempts append to."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    except OSError as error:
+        print(f"rank {rank} writes here: {log} cannot be written: {error.strerror}", file=sys.stderr)
+        return
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-
-
-def _leave_failure(log: Path, rank: int, error: BaseException, is_users: bool) -> None:
-    lines = traceback.format_exception(error)
-    with log.open("a", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(lines)
-    message = str(error) if is_users else "".join(lines)
-    failure = {"time_ns": time.time_ns(), "rank": rank, "is_users": is_users, "message": message}
-    log.with_name(f"failure_rank_{rank}.json").write_text(json.dumps(failure), encoding="utf-8")
 
 
 if __name__ == "__main__":

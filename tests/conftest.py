@@ -1,5 +1,6 @@
 """Fixtures that many tests share: warm ranks, a world of one, poisoned memory; and hypothesis without chance."""
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +24,17 @@ settings.load_profile("octofold")
 def _one_torch_thread() -> None:
     """Tensors here are tiny, and how a sum is split over threads decides its last bits."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _heard_signals() -> Iterator[None]:
+    """Tests in the background (nohup, `&` in a script) are told to ignore some, and so would be all that they start."""
+    ignored = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture(scope="session")

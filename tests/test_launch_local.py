@@ -15,12 +15,13 @@ import psutil
 import pytest
 
 from octofold.backends.errors import UserError
+from octofold.launch import agent
 from octofold.launch.config import JobConfig, LaunchConfig
-from octofold.launch.local import first_host, join, start_ranks, tasks_of_node
+from octofold.launch.local import Ended, first_host, join, start_ranks, tasks_of_node
 from octofold.launch.run_folder import read_config, write_config
 
 OCTOFOLD = Path(sys.executable).with_name("octofold")
-TWO_RANKS = LaunchConfig(nproc_per_node=2)
+TWO_RANKS = LaunchConfig(nproc_per_node=2, max_restarts=0)
 
 # Imported by Python at its start, from PYTHONPATH: the real command and worker then find this instead of the trainer.
 STAND_IN = """
@@ -34,11 +35,20 @@ class Outcome:
     step: int
     interrupted_by: int | None = None
 
-def train(config, run_dir):
+def train(config, run_dir, *, stop_deadline_s):
     note = lambda name, text="": (run_dir / f"{name}_{RANK}").write_text(str(text))
+
+    def wait_for_rank_1():
+        while not (run_dir / "reached_1").exists():
+            time.sleep(0.01)
+        time.sleep(0.2)
+
     got = []
+    restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    with (run_dir / f"attempts_{RANK}").open("a") as file:
+        file.write(f"{restart} {config.resume and os.path.basename(config.resume)}\\n")
     if config.name in ("stop", "stubborn"):
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(signum, lambda signum, frame: got.append(signum))
         note("ready", os.getpid())
         while not got or config.name == "stubborn":
@@ -48,17 +58,31 @@ def train(config, run_dir):
     print(f"rank {RANK} computes")
     if config.name == "crash":
         if RANK == "1":
+            note("reached")
             raise RuntimeError("rank one is broken")
-        time.sleep(0.3)
+        wait_for_rank_1()
         raise ConnectionError("lost my peer")
     if config.name == "mistake":
         from octofold.backends.errors import UserError
         raise UserError("the shelf is empty\\n  remedy: fill it")
     if config.name == "killed":
         if RANK == "1":
+            note("reached")
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.05)
+        wait_for_rank_1()
         raise ConnectionError("lost my peer")
+    if config.name == "stuck" and restart == 0:
+        # As in a collective: neither ends by itself nor hears signals.
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_IGN)
+        note("deaf")
+        while RANK == "0" or not (run_dir / "deaf_0").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if config.name == "flaky" and restart < 2 and RANK == "1":
+        (run_dir / "checkpoints" / f"step_{restart + 7}").mkdir(parents=True)
+        (run_dir / "checkpoints" / f"step_{restart + 7}" / "manifest.json").write_text("{}")
+        raise RuntimeError(f"trouble number {restart}")
     note("done", [os.environ.get("OMP_NUM_THREADS"), config.run_dir, config.train.seed, "torch" in sys.modules])
     return Outcome(10)
 
@@ -73,7 +97,7 @@ def stand_in(tmp_path_factory, monkeypatch):
     """Put the stand-in before every process that a test starts, and no launcher around it."""
     folder = tmp_path_factory.mktemp("stand_in")
     (folder / "sitecustomize.py").write_text(STAND_IN)
-    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
 
@@ -230,7 +254,7 @@ def test_a_mistake_found_by_the_trainer_leaves_the_folder_free(tmp_path):
 def test_ranks_share_the_cores_and_write_where_they_should(tmp_path, capfd):
     run_dir = make_run(tmp_path, "fine")
     before = dict(os.environ)
-    assert start_ranks(TWO_RANKS, run_dir) == 0
+    assert start_ranks(TWO_RANKS, run_dir).status == 0
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     for rank in (0, 1):
         assert (run_dir / f"done_{rank}").read_text().startswith(f"['{threads}',")
@@ -249,7 +273,7 @@ def test_the_users_thread_count_stands(tmp_path, monkeypatch):
 
 def test_the_first_failure_is_told_and_its_consequences_are_not(tmp_path, capfd):
     run_dir = make_run(tmp_path, "crash")
-    assert start_ranks(TWO_RANKS, run_dir) == 1
+    assert start_ranks(TWO_RANKS, run_dir).status == 1
     err = capfd.readouterr().err
     assert err.startswith("octofold: rank 1 failed")
     assert "RuntimeError: rank one is broken" in err
@@ -259,13 +283,14 @@ def test_the_first_failure_is_told_and_its_consequences_are_not(tmp_path, capfd)
 
 def test_a_killed_rank_is_the_first_failure(tmp_path, capfd):
     run_dir = make_run(tmp_path, "killed")
-    assert start_ranks(TWO_RANKS, run_dir) == 1
+    assert start_ranks(TWO_RANKS, run_dir).status == 1
     assert "octofold: rank 1 died of SIGKILL" in capfd.readouterr().err
 
 
 def test_a_users_mistake_in_a_rank_is_one_plain_message(tmp_path, capfd):
     run_dir = make_run(tmp_path, "mistake")
-    assert start_ranks(TWO_RANKS, run_dir) == 2
+    assert start_ranks(LaunchConfig(nproc_per_node=2, max_restarts=3), run_dir).status == 2
+    assert {line for path in run_dir.glob("attempts_*") for line in path.read_text().splitlines()} == {"0 None"}
     assert capfd.readouterr().err == "octofold: the shelf is empty\n  remedy: fill it\n"
 
 
@@ -274,8 +299,49 @@ def test_an_earlier_failure_is_not_told_again(tmp_path, capfd):
     start_ranks(TWO_RANKS, run_dir)
     write_config(run_dir, JobConfig(name="fine"))
     capfd.readouterr()
-    assert start_ranks(TWO_RANKS, run_dir) == 0
+    assert start_ranks(TWO_RANKS, run_dir).status == 0
     assert capfd.readouterr().err == ""
+
+
+def attempts(run_dir, rank):
+    return (run_dir / f"attempts_{rank}").read_text().splitlines()
+
+
+def test_failed_ranks_are_started_again_from_the_newest_checkpoint(tmp_path, capfd):
+    run_dir = make_run(tmp_path, "flaky")
+    assert start_ranks(LaunchConfig(nproc_per_node=2, max_restarts=2), run_dir) == Ended(0)
+    newest = run_dir.name
+    assert attempts(run_dir, 1) == ["0 None", f"1 {newest}", f"2 {newest}"]
+    # Rank 0 may have been ended before it came so far.
+    assert set(attempts(run_dir, 0)) <= set(attempts(run_dir, 1))
+    assert (run_dir / "done_0").exists()
+    err = capfd.readouterr().err
+    assert [line for line in err.splitlines() if line.startswith("octofold: restart")] == [
+        "octofold: restart 1 of launch.max_restarts=2",
+        "octofold: restart 2 of launch.max_restarts=2",
+    ]
+    assert "RuntimeError: trouble number 1" in err
+
+
+def test_restarts_are_bounded(tmp_path, capfd):
+    run_dir = make_run(tmp_path, "flaky")
+    assert start_ranks(LaunchConfig(nproc_per_node=2, max_restarts=1), run_dir).status == 1
+    assert len(attempts(run_dir, 1)) == 2
+    assert capfd.readouterr().err.count("RuntimeError: trouble number 1") == 1
+
+
+def test_the_same_exception_again_is_not_tried_a_third_time(tmp_path, capfd):
+    run_dir = make_run(tmp_path, "crash")
+    assert start_ranks(LaunchConfig(nproc_per_node=2, max_restarts=9), run_dir).status == 1
+    assert len(attempts(run_dir, 1)) == 2
+
+
+def test_a_rank_that_hears_nothing_does_not_delay_the_restart(tmp_path, monkeypatch):
+    monkeypatch.setattr(agent, "FAILURE_GRACE_S", 0.2)
+    run_dir = make_run(tmp_path, "stuck")
+    began_s = time.monotonic()
+    assert start_ranks(LaunchConfig(nproc_per_node=2, max_restarts=1), run_dir) == Ended(0)
+    assert time.monotonic() - began_s < 25, "the agent by itself waits 30 s"
 
 
 def signal_when_ready(run_dir, *signals):
@@ -290,12 +356,15 @@ def signal_when_ready(run_dir, *signals):
     threading.Thread(target=send, daemon=True).start()
 
 
-@pytest.mark.parametrize(("sent", "received"), [("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGTERM")])
-def test_a_signal_is_passed_on_and_ranks_end_after_saving(tmp_path, sent, received):
+@pytest.mark.parametrize(
+    ("sent", "received", "status"),
+    [("SIGTERM", "SIGTERM", 0), ("SIGUSR1", "SIGUSR1", 0), ("SIGHUP", "SIGTERM", 129), ("SIGINT", "SIGINT", 130)],
+)
+def test_a_signal_is_passed_on_and_ranks_end_after_saving(tmp_path, sent, received, status):
     run_dir = make_run(tmp_path, "stop")
     handler = signal.getsignal(signal.SIGTERM)
     signal_when_ready(run_dir, signal.Signals[sent])
-    assert start_ranks(TWO_RANKS, run_dir) == 128 + signal.Signals[sent]
+    assert start_ranks(TWO_RANKS, run_dir) == Ended(status, signal.Signals[sent])
     assert [(run_dir / f"saved_{rank}").read_text() for rank in (0, 1)] == [str(int(signal.Signals[received]))] * 2
     assert signal.getsignal(signal.SIGTERM) is handler
 
@@ -303,7 +372,7 @@ def test_a_signal_is_passed_on_and_ranks_end_after_saving(tmp_path, sent, receiv
 def test_ranks_that_outstay_the_deadline_are_killed(tmp_path, capfd):
     run_dir = make_run(tmp_path, "stubborn")
     signal_when_ready(run_dir, signal.SIGTERM)
-    assert start_ranks(LaunchConfig(nproc_per_node=2, stop_deadline_s=0.5), run_dir) == 143
+    assert start_ranks(LaunchConfig(nproc_per_node=2, max_restarts=3, stop_deadline_s=0.5), run_dir).status == 143
     assert all(is_gone(pid) for pid in rank_pids(run_dir))
     assert "launch.stop_deadline_s=0.5" in capfd.readouterr().err
 
@@ -312,7 +381,7 @@ def test_a_second_signal_kills_at_once(tmp_path, capfd):
     run_dir = make_run(tmp_path, "stubborn")
     signal_when_ready(run_dir, signal.SIGINT, signal.SIGINT)
     began_s = time.monotonic()
-    assert start_ranks(LaunchConfig(nproc_per_node=2, stop_deadline_s=100), run_dir) == 130
+    assert start_ranks(LaunchConfig(nproc_per_node=2, max_restarts=3, stop_deadline_s=100), run_dir).status == 130
     assert time.monotonic() - began_s < 50
     assert all(is_gone(pid) for pid in rank_pids(run_dir))
     assert "second signal" in capfd.readouterr().err

@@ -1,19 +1,16 @@
 """Runs that are stopped in the middle, as processes that real signals reach: nothing saved is lost, and they go on."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import run_tasks
-from run_configs import overrides, tiny_run, write_corpus
+from job_processes import DEADLINE_S, is_training, rank_processes, started, wait_for, wait_for_step
+from run_configs import tiny_run, write_corpus
 
 from octofold.train.checkpoint.manager import find, published
 from octofold.train.checkpoint.manifest import read_manifest
@@ -21,8 +18,6 @@ from octofold.train.config import RunConfig
 from octofold.train.metrics import read_metrics
 
 STEPS = 40
-DEADLINE_S = 60.0
-"""For a run to start; generous, since a busy machine imports slowly."""
 PROMPT_S = 15.0
 """For a run to end once it is told to: a step, a checkpoint and the end of a process."""
 
@@ -57,33 +52,6 @@ def undisturbed(root: Path, ranks: Any) -> Any:
     return run
 
 
-@contextmanager
-def started(config: RunConfig, run_dir: Path, n: int) -> Iterator[subprocess.Popen[str]]:
-    """`octofold train` of `n` ranks, in a session of its own so that nothing of it can outlive the test."""
-    arguments = [*overrides(replace(config, run_dir=str(run_dir))), f"launch.nproc_per_node={n}"]
-    command = [sys.executable, "-c", "from octofold.launch.cli import main; raise SystemExit(main())", "train"]
-    process = subprocess.Popen(
-        [*command, *arguments], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-
-
-def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
-    deadline_s = time.monotonic() + DEADLINE_S
-    while time.monotonic() < deadline_s:
-        if process.poll() is not None:
-            pytest.fail(f"the run ended too early:\n{process.communicate()[0]}")
-        if any(record["step"] >= step for record in read_metrics(run_dir)):
-            return
-        time.sleep(0.01)
-    pytest.fail(f"the run did not reach step {step}")
-
-
 def assert_resumes_to(expected: dict[str, Any], root: Path, run_dir: Path, n: int, ranks: Any) -> None:
     """The rest of the run ends in the undisturbed one's bits, and its records are one curve."""
     config = run_config(root, n, resume=str(run_dir))
@@ -95,9 +63,11 @@ def assert_resumes_to(expected: dict[str, Any], root: Path, run_dir: Path, n: in
         assert tensor.tobytes() == found["tensors"][name].tobytes(), name
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("n", [1, 2])
-def test_signal_saves_and_the_run_goes_on(n, number, root, undisturbed, ranks, tmp_path):
+@pytest.mark.parametrize(
+    ("n", "number", "status"),
+    [(1, signal.SIGINT, 130), (1, signal.SIGUSR1, 0), (2, signal.SIGINT, 130), (2, signal.SIGTERM, 0)],
+)
+def test_signal_saves_and_the_run_goes_on(n, number, status, root, undisturbed, ranks, tmp_path):
     run_dir = tmp_path / "run"
     with started(run_config(root, n), run_dir, n) as process:
         wait_for_step(process, run_dir, 6)
@@ -105,7 +75,7 @@ def test_signal_saves_and_the_run_goes_on(n, number, root, undisturbed, ranks, t
         began_s = time.monotonic()
         printed = process.communicate(timeout=PROMPT_S + DEADLINE_S)[0]
         assert time.monotonic() - began_s < PROMPT_S
-    assert process.returncode == 128 + number, printed
+    assert process.returncode == status, printed
     last = read_metrics(run_dir)[-1]["step"]
     assert 6 <= last < STEPS
     assert f"stopped at step {last}; saved {run_dir}/checkpoints/step_{last}" in printed
@@ -113,6 +83,36 @@ def test_signal_saves_and_the_run_goes_on(n, number, root, undisturbed, ranks, t
     assert find(run_dir).name == f"step_{last}"
     assert read_manifest(find(run_dir))["step"] == last
     assert_resumes_to(undisturbed(n), root, run_dir, n, ranks)
+
+
+def test_a_signal_to_one_rank_stops_all_at_one_step(root, tmp_path):
+    run_dir = tmp_path / "run"
+    with started(run_config(root, 2), run_dir, 2) as process:
+        wait_for_step(process, run_dir, 3)
+        rank_processes(process)[1].send_signal(signal.SIGUSR1)
+        printed = process.communicate(timeout=PROMPT_S + DEADLINE_S)[0]
+    assert process.returncode == 0, printed
+    last = read_metrics(run_dir)[-1]["step"]
+    assert f"stopped at step {last}; saved" in printed
+    assert find(run_dir).name == f"step_{last}"
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_step_that_outlasts_the_deadline_is_not_waited_for(n, root, tmp_path):
+    run_dir = tmp_path / "run"
+    config = run_config(root, n)
+    config = replace(config, train=replace(config.train, global_batch_size=1 << 16))  # minutes of computation
+    with started(config, run_dir, n, "launch.stop_deadline_s=1") as process:
+
+        def training() -> bool:
+            found = [psutil.Process(process.pid)] if n == 1 else rank_processes(process)
+            return len(found) == n and all(map(is_training, found))
+
+        wait_for(process, training, "the first step")
+        process.send_signal(signal.SIGTERM)
+        printed = process.communicate(timeout=PROMPT_S + DEADLINE_S)[0]
+    assert process.returncode == 128 + signal.SIGTERM, printed
+    assert "the newest complete checkpoint stands" in printed
 
 
 def test_killed_run_goes_on_from_its_last_checkpoint(root, undisturbed, ranks, tmp_path):

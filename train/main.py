@@ -1,5 +1,6 @@
 """One rank of a training run, from a configuration to its last checkpoint."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,14 +34,17 @@ class Outcome:
 
     step: int
     interrupted_by: int | None = None
-    """The signal that stopped it before its last step."""
+    """The signal that stopped it before its last step, on some rank."""
 
 
-def train(config: RunConfig, run_dir: Path) -> Outcome:
+def train(config: RunConfig, run_dir: Path, *, stop_deadline_s: float = math.inf) -> Outcome:
     """Train as configured, on the rank that the environment names (RANK, WORLD_SIZE, LOCAL_RANK; else a world of one).
 
     Collective: every rank of the job calls it with the same arguments. `config` must be validated
     (`train.config.validate`); `config.resume` names what to continue from.
+
+    Args:
+        stop_deadline_s: after a signal to stop, a rank that has not saved by then ends its process.
 
     Raises:
         UserError: data, a checkpoint, the device or the disk cannot serve; nothing already saved is lost.
@@ -54,7 +58,7 @@ def train(config: RunConfig, run_dir: Path) -> Outcome:
         trainer = build_trainer(config, run_dir, backend, info, console)
         try:
             # Only from here on is there anything to save: until now Ctrl-C ends the process at once.
-            with StopSignals() as stop:
+            with StopSignals(stop_deadline_s) as stop:
                 return _run(trainer, stop, console, run_dir)
         finally:
             trainer.loader.close()
@@ -132,6 +136,6 @@ def _run(trainer: Trainer, stop: StopSignals, console: Console, run_dir: Path) -
         return Outcome(trainer.progress.step)
     if not trainer.run(stop):
         console.info(f"stopped at step {trainer.progress.step}; saved {trainer.last_checkpoint}")
-        return Outcome(trainer.progress.step, stop.received)
+        return Outcome(trainer.progress.step, stop.agreed)
     console.final(trainer.finish(), run_dir=run_dir, checkpoint=trainer.last_checkpoint)
     return Outcome(trainer.progress.step)

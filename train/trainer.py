@@ -154,17 +154,17 @@ class Trainer:
         self.progress.tokens_seen += int(tokens_J[0])
         moved = self._place(loads_GE)
         balance_sums = take_loss_sums(list(self.gates.values())).to(shares_J)
-        wish = shares_J.new_tensor([stop.received is not None])
+        wishes = shares_J.new_tensor(stop.wishes())
         sent = take_traffic(self.model).to(shares_J)
-        ended = all_reduce_sum(torch.cat([shares_J, balance_sums, wish, sent]))
-        summed_J, summed_balance, wishes, sent = ended.split([len(shares_J), len(balance_sums), 1, len(sent)])
+        ended = all_reduce_sum(torch.cat([shares_J, balance_sums, wishes, sent]))
+        summed_J, summed_balance, wishes, sent = ended.split([len(shares_J), len(balance_sums), len(wishes), len(sent)])
         self.interval.add(tokens=int(tokens_J[0]), traffic=sent, moved_experts=moved)
         losses = self._losses(summed_J.tolist(), summed_balance.tolist())
         self._count_skipped(losses, result)
         is_last = self.progress.step == self.config.train.steps
         if self.progress.step % self.config.train.log_every == 0 or is_last or not result.applied:
             self._report(bar, losses, result, loads_GE)
-        return not wishes.any()
+        return not stop.agree(wishes.tolist())
 
     def _schedule(self) -> Schedule:
         """What holds for the next update."""

@@ -1,0 +1,93 @@
+"""Which rank failed first: ranks leave notes of their failures, since the first one breaks the others' calls.
+
+A note is RUN/logs/failure_rank_N.json: time, rank, message, and whether the user can mend it. Torch-free.
+"""
+
+import json
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LOG_LINES_SHOWN = 15
+USERS_MISTAKE = 2
+"""Exit status of a process that ends with a `UserError`."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What ended an attempt."""
+
+    status: int
+    """Exit status for the whole job: 1, or 2 for a user's mistake."""
+    message: str
+    cause: str | None = None
+    """The traceback that a rank left; None where it was killed or left nothing."""
+
+
+def leave_note(logs: Path, rank: int, error: BaseException, *, is_users: bool) -> None:
+    """Note a rank's failure, and put the traceback into its log. A folder that takes neither gets stderr instead."""
+    lines = traceback.format_exception(error)
+    message = str(error) if is_users else "".join(lines)
+    try:
+        with (logs / f"rank_{rank}.log").open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(lines)
+        leave_message(logs, rank, message, is_users=is_users)
+    except OSError as reason:
+        print(f"rank {rank}: {''.join(lines)}  (not noted in {logs}: {reason})", file=sys.stderr)
+
+
+def leave_message(logs: Path, rank: int, message: str, *, is_users: bool = False) -> None:
+    """Note a rank's failure.
+
+    Raises:
+        OSError: the folder does not take it.
+    """
+    failure = {"time_ns": time.time_ns(), "rank": rank, "is_users": is_users, "message": message}
+    (logs / f"failure_rank_{rank}.json").write_text(json.dumps(failure), encoding="utf-8")
+
+
+def clear_notes(logs: Path) -> None:
+    """Forget the failures of an earlier attempt."""
+    for stale in logs.glob("failure_rank_*.json"):
+        stale.unlink(missing_ok=True)
+
+
+def first_failure(logs: Path, failures: dict[int, Any], *, interrupted: bool) -> Failure | None:
+    """The failure that the others followed from, or None if nothing failed.
+
+    Args:
+        logs: the run's log folder.
+        failures: the agent's, by rank, each with its exit code and the second in which it was noticed.
+        interrupted: a signal was passed on, so that ranks dead by a signal are no failure.
+    """
+    noted = [json.loads(path.read_text(encoding="utf-8")) for path in logs.glob("failure_rank_*.json")]
+    if failures and not interrupted:
+        first_s = min(failure.timestamp for failure in failures.values())
+        for rank, failure in failures.items():
+            # Killed from outside, or crashed: what the others noted (a lost connection) is its consequence. A rank
+            # that the agent ended afterwards died of SIGTERM, or later.
+            is_first = failure.timestamp == first_s
+            if is_first and failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
+                return Failure(1, _account(logs, rank, f"died of {signal.Signals(-failure.exitcode).name}", None))
+    if noted:
+        first = min(noted, key=lambda failure: failure["time_ns"])
+        if first["is_users"]:
+            return Failure(USERS_MISTAKE, first["message"])
+        return Failure(1, _account(logs, first["rank"], "failed", first["message"]), first["message"])
+    if failures and not interrupted:
+        rank, failure = next(iter(failures.items()))
+        return Failure(1, _account(logs, rank, f"ended with exit status {failure.exitcode}", None))
+    return None
+
+
+def _account(logs: Path, rank: int, what: str, text: str | None) -> str:
+    log = logs / f"rank_{rank}.log"
+    if text is None:
+        text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    tail = "\n".join(f"  {line}" for line in text.splitlines()[-LOG_LINES_SHOWN:])
+    where = f" ({log})" if log.exists() else " (its output is above)"
+    return f"rank {rank} {what}{where}\n{tail}".rstrip()
