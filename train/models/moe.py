@@ -68,7 +68,9 @@ class MixtureOfExperts(nn.Module):
         """[B, P, D] to [B, P, D]; in training mode the gate's `load_E` counts the copies sent to each expert."""
         x_TD = x_BSD.flatten(0, 1)
         experts_TK, weights_TK = self.gate(x_BSD)
-        counts_E = torch.bincount(experts_TK.flatten(), minlength=self.gate.load_E.shape[0])
+        chosen_N = experts_TK.flatten()
+        # Not bincount, which waits for the device to hear how long its result is.
+        counts_E = torch.zeros_like(self.gate.load_E).scatter_add_(0, chosen_N, torch.ones_like(chosen_N))
         if self.training and not is_recomputing():
             self.gate.load_E += counts_E
         if self.slot_E is not None:
