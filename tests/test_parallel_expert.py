@@ -59,13 +59,17 @@ def case_of(
     )
 
 
-def assert_as_local(started: LocalRanks, case: Case, options: dict[str, Any]) -> list[dict[str, Any]]:
+def assert_as_local(
+    started: LocalRanks, case: Case, options: dict[str, Any], gate: dict[str, float] = EXACT
+) -> list[dict[str, Any]]:
+    """Hold a route on every rank to one rank that holds all experts; `gate`: tolerance of the gradient of weights."""
     n = started.ranks
     found: list[dict[str, Any]] = started.run(expert_tasks.split, case, options)
     expected = [expert_tasks.whole(case, rank) for rank in range(started.ranks)]
     for rank, (a, b) in enumerate(zip(found, expected, strict=True)):
         for name in ("y", "x", "gate"):
-            torch.testing.assert_close(a[name], b[name], **EXACT, msg=lambda text, r=rank, n=name: f"{r} {n}: {text}")
+            allowed = gate if name == "gate" else EXACT
+            torch.testing.assert_close(a[name], b[name], **allowed, msg=lambda text, r=rank, n=name: f"{r} {n}: {text}")
     sliced = options.get("sliced", 1)
     for name in case.weights:
         summed = torch.stack([gradients[name] for gradients in expected]).sum(0)
@@ -198,41 +202,3 @@ def test_experts_in_slices(ranks, options, case):
 @pytest.mark.parametrize("sliced", [2, 3])
 def test_every_rank_holds_slices_of_all_experts(ranks, sliced):
     assert_as_local(ranks(sliced), case_of(CASES["uneven"][:sliced]), {"name": "flat", "sliced": sliced})
-
-
-# --- a fixed number of places ----------------------------------------------------------------------------------------
-
-
-def even_case() -> Case:
-    """Four tokens on each rank; expert 0 is chosen by all of them."""
-    return case_of([[[0, 1], [0, 2 + rank], [0, 7], [0, 3]] for rank in range(2)])
-
-
-@pytest.mark.parametrize("sliced", [1, 2])
-def test_enough_places_drop_nothing(ranks, sliced):
-    found = assert_as_local(ranks(2), even_case(), {"name": "capacity", "factor": 4.0, "sliced": sliced})
-    assert [f["traffic"]["dropped_tokens"] for f in found] == [0, 0]
-
-
-def test_what_finds_no_place_is_dropped_and_counted(ranks):
-    """Places are 2 where the mean is 1: expert 0 takes the two tokens that weigh most on each rank."""
-    case = even_case()
-    found = ranks(2).run(expert_tasks.split, case, {"name": "capacity", "factor": 2.0})
-    for rank, f in enumerate(found):
-        assert f["traffic"]["dropped_tokens"] == 2
-        kept = case.gate[rank].clone()
-        kept[case.gate[rank][:, 0].argsort()[:2], 0] = 0
-        expected = expert_tasks.whole(replace(case, gate=[kept, kept]), rank)
-        for name in ("y", "x"):
-            torch.testing.assert_close(f[name], expected[name], **EXACT)
-        torch.testing.assert_close(f["gate"], expected["gate"] * (kept != 0), **EXACT)
-
-
-def test_nothing_is_dropped_where_no_gradient_is_asked_for(ranks):
-    options: dict[str, Any] = {"name": "capacity", "factor": 0.1}
-    for a, b in zip(
-        ranks(2).run(expert_tasks.without_gradient, even_case(), options),
-        ranks(2).run(expert_tasks.without_gradient, even_case(), {"name": "flat"}),
-        strict=True,
-    ):
-        assert torch.equal(a, b)
