@@ -83,6 +83,8 @@ CHOICES = {
 
 
 EXPERT_ROUTES = ("auto", "flat", "two_stage", "deepep")
+DEEPEP_TILE = 128
+"""Numbers of a row that share a scale in DeepEP's FP8."""
 
 
 def check_expert_route(config: ParallelConfig) -> None:

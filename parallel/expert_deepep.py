@@ -1,8 +1,9 @@
 """The route through DeepEP, DeepSeek's library of exchange kernels for NVLink and RDMA (its V1 interface, `Buffer`).
 
-Written against the library's documentation; it has run in no test of this project, which needs several GPUs with the
-library installed. A token travels once to each rank that holds some of its experts; the library itself sends it once
-across the network for each node. It waits for the host inside `dispatch`.
+Written against the library's source; tests run it on a stand-in (tests/fake_deep_ep.py), and nothing has run it on
+several GPUs with the library installed yet. A token travels once to each rank that holds some of its experts; the
+library itself sends it once across the network for each node. It waits for the host inside `dispatch`. Rows are BF16 or
+E4M3 (train/config.py refuses other runs), weights of the gate FP32.
 
 T tokens, K experts a token, M rows received, D width.
 """
@@ -18,11 +19,12 @@ import torch
 from octofold.backends.collectives import Group
 from octofold.kernels.qtensor import E4M3, Format, QTensor
 from octofold.kernels.registry import Kernels
+from octofold.parallel.config import DEEPEP_TILE
 from octofold.parallel.expert import ExchangedExperts, Experts, Routing
 from octofold.parallel.expert_slices import WholeExperts
 from octofold.parallel.passage import Tensors, Trip, travel
 
-TILE = Format((1, 128), scale="float")
+TILE = Format((1, DEEPEP_TILE), scale="float")
 """The library's FP8: E4M3, an FP32 scale for 128 numbers of a row."""
 
 
@@ -70,7 +72,6 @@ class DeepEpExperts(ExchangedExperts):
         kernels: Kernels,
         while_travelling: Callable[[], None],
     ) -> torch.Tensor:
-        assert x_TD.dtype == torch.bfloat16, f"DeepEP moves BF16 and E4M3, not {x_TD.dtype}"
         buffer = _buffer(self.group, x_TD.shape[1] * x_TD.itemsize)
         held = routing.counts_E.shape[0] // self.ranks
         there = _Spread(buffer, kernels, self.transport.dispatch, routing)
@@ -95,11 +96,13 @@ class _Spread:
         self.buffer, self.kernels, self.format = buffer, kernels, format
         self.routing, self.first = routing, first
         self.handle: Any = None
+        self.dtype = torch.bfloat16
         self.own_MK = torch.empty(0)
         self.copies_L: list[int] = []
 
     def begin(self, tensors: Tensors) -> tuple[Any, ...]:
         rows: Any = tensors[0].contiguous()
+        self.dtype = rows.dtype
         if self.format is not None:
             assert (self.format.tile, self.format.dtype) == (TILE.tile, E4M3), f"DeepEP has no {self.format}"
             quantized = self.kernels.quantize(rows, self.format)
@@ -125,7 +128,7 @@ class _Spread:
         event.current_stream_wait()
         if self.format is not None:
             data, scale = rows
-            rows = self.kernels.dequantize(QTensor(data, scale, TILE), torch.bfloat16)
+            rows = self.kernels.dequantize(QTensor(data, scale, TILE), self.dtype)
         if self.first is not None:
             return (rows,)
         self.own_MK, self.copies_L, self.handle = own_MK, copies_L, handle

@@ -1,9 +1,12 @@
 """What ranks do in the tests of routes to experts. Every function runs on every rank."""
 
+import sys
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
+import fake_deep_ep
 import torch
 import torch.distributed as dist
 from tiny_models import kernels_for
@@ -12,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from octofold.parallel.expert import ExchangedExperts, ExpertRoute, FlatExperts, LocalExperts, Routing
 from octofold.parallel.expert_capacity import CapacityExperts
+from octofold.parallel.expert_deepep import DeepEpExperts
 from octofold.parallel.expert_slices import SlicedExperts
 from octofold.parallel.expert_two_stage import TwoStageExperts
 from octofold.parallel.transport import Transport
@@ -22,6 +26,7 @@ ROUTES: dict[str, type[ExchangedExperts]] = {
     "flat": FlatExperts,
     "two_stage": TwoStageExperts,
     "capacity": CapacityExperts,
+    "deepep": DeepEpExperts,
 }
 
 
@@ -84,7 +89,8 @@ def split(case: Case, options: dict[str, Any]) -> dict[str, Any]:
     held, width = case.model.n_routed_experts // group.size(), case.model.moe_intermediate_size // sliced
     experts = slice(group.rank() * held, (group.rank() + 1) * held)
     widths = slice(slices.rank() * width, (slices.rank() + 1) * width)
-    found: dict[str, Any] = dict(through(route, case, dist.get_rank(), experts, widths))
+    with patch.dict(sys.modules, deep_ep=fake_deep_ep):
+        found: dict[str, Any] = dict(through(route, case, dist.get_rank(), experts, widths))
     found["traffic"] = route.traffic.take()
     return found
 

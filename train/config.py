@@ -6,13 +6,13 @@ from octofold.backends.config import BackendConfig
 from octofold.backends.config import check as check_backend
 from octofold.backends.errors import ConfigError, check_finite, unknown_name_error
 from octofold.kernels.config import KernelsConfig
-from octofold.parallel.config import ParallelConfig, resolve
+from octofold.parallel.config import DEEPEP_TILE, ParallelConfig, resolve
 from octofold.parallel.pipeline_split import check_pipeline
 from octofold.train.data.config import DataConfig
 from octofold.train.data.config import check as check_data
 from octofold.train.models.config import ModelConfig
 from octofold.train.models.config import check as check_model
-from octofold.train.precision.config import PrecisionConfig
+from octofold.train.precision.config import PrecisionConfig, dispatch_tile
 from octofold.train.precision.config import check as check_precision
 
 SCHEDULES = ["cosine", "wsd", "constant"]
@@ -222,6 +222,25 @@ def _check_experts(config: RunConfig) -> None:
         legal = [d for d in range(1, experts + 1) if experts % d == 0]
         shown = f"model.n_routed_experts={experts} parallel.expert={degree}"
         raise ConfigError("parallel.expert", shown, "every rank holds the same number of experts", f"one of {legal}")
+    if config.parallel.expert_route == "deepep":
+        _check_deepep(config.model, config.precision)
+
+
+def _check_deepep(model: ModelConfig, precision: PrecisionConfig) -> None:
+    """What the library moves: rows of BF16, and of E4M3 with a scale for 128 numbers."""
+    route = "parallel.expert_route=deepep"
+    if precision.name in ("fp32", "fp64"):
+        rule = "DeepEP moves BF16 and E4M3, no wider numbers"
+        shown = f"{route} precision.name={precision.name}"
+        raise ConfigError("parallel.expert_route", shown, rule, "precision=bf16, or parallel.expert_route=two_stage")
+    names = [f"layers.{layer}" for layer in range(model.num_hidden_layers)]
+    names += [f"mtp.{depth}.block" for depth in range(model.num_nextn_predict_layers)]
+    for layer, name in enumerate(names):
+        tile = dispatch_tile(precision, f"{name}.mlp.experts") if model.mlp_kind(layer) == "experts" else None
+        if tile is not None and (tile != DEEPEP_TILE or model.hidden_size % DEEPEP_TILE):
+            shown = f"{route} model.hidden_size={model.hidden_size}, tokens to {name} in FP8 tiles of {tile}"
+            rule = f"DeepEP's FP8 rows are whole tiles of {DEEPEP_TILE} numbers"
+            raise ConfigError("parallel.expert_route", shown, rule, "precision.dispatch=bf16, or precision.block=128")
 
 
 def _check_tensor(config: RunConfig) -> None:

@@ -8,6 +8,7 @@ from octofold.backends.errors import ConfigError, check_finite, unknown_name_err
 PLAIN = ["bf16", "fp32", "fp64"]
 FP8 = ["fp8_block", "fp8_tensor_current", "fp8_tensor_delayed", "mxfp8"]
 ARITHMETIC = ["native", "emulate", "storage"]
+MX_TILE = 32
 LOSS_SCALES = ["none", "static", "dynamic"]
 LARGEST_SCALE = 2.0**126
 
@@ -94,6 +95,17 @@ class PrecisionConfig:
         """What an override changes, whatever it matches."""
         named = {f.name: getattr(override, f.name) for f in fields(override) if f.name != "match"}
         return replace(self, **{key: value for key, value in named.items() if value is not None})
+
+
+def dispatch_tile(precision: PrecisionConfig, experts: str) -> int | None:
+    """How many numbers of a token share a scale on the way to the experts of the module of this name.
+
+    None: tokens travel in the compute dtype.
+    """
+    chosen = precision.of_module(f"{experts}.gate_up_proj")
+    if precision.dispatch == "bf16" or (precision.dispatch == "auto" and chosen.name not in FP8):
+        return None
+    return {"fp8_block": chosen.block, "mxfp8": MX_TILE}.get(chosen.name, precision.block)
 
 
 def check(precision: PrecisionConfig) -> None:

@@ -12,7 +12,7 @@ from octofold.kernels.qtensor import E4M3, E5M2, Format
 from octofold.kernels.recipe import Recipe, block_recipe, mx_recipe, tensor_recipe
 from octofold.parallel.plan import ParallelPlan
 from octofold.parallel.transport import Transport
-from octofold.train.precision.config import FP8, PrecisionConfig
+from octofold.train.precision.config import FP8, PrecisionConfig, dispatch_tile
 
 OPT_IN = ("embed_tokens", "lm_head", "*.eh_proj")
 """Modules that DeepSeek-V3 keeps in BF16: in FP8 only where an override names them and a recipe."""
@@ -56,10 +56,10 @@ def recipe_for(precision: PrecisionConfig, module: str) -> Recipe | None:
 
 def transport_for(precision: PrecisionConfig, experts: str) -> Transport:
     """How tokens travel to the experts of the module named `experts`: FP8 with power-of-two scales, or BF16."""
-    recipe = recipe_for(precision, f"{experts}.gate_up_proj")
-    if precision.dispatch == "bf16" or (precision.dispatch == "auto" and recipe is None):
+    width = dispatch_tile(precision, experts)
+    if width is None:
         return Transport()
-    width = precision.block if recipe is None else recipe.activation.tile[1] or precision.block
+    recipe = recipe_for(precision, f"{experts}.gate_up_proj")
     gradient = E4M3 if recipe is None else recipe.gradient.dtype
     return Transport(Format((1, width)), Format((1, width), dtype=gradient))
 
