@@ -87,19 +87,33 @@ def build_meshes(config: ParallelConfig, device_type: str) -> Meshes:
 
 
 def _build(config: ParallelConfig, device_type: str) -> Meshes:
-    # One root for all views: FSDP2 joins the mesh that holds shards with the one that splits a parameter.
+    # One root for all views: FSDP2 joins the mesh that holds shards with the one that splits a parameter. Each view
+    # splits an axis of another and keeps the groups of the rest: a group is a rendezvous of all ranks, and threads.
     world = init_device_mesh(device_type, (dist.get_world_size(),), mesh_dim_names=("world",))
-    outer = {"pipeline": config.pipeline, "data_replicate": config.data_replicate}
     data, context, tensor = config.data_shard, config.context, config.tensor
-
-    def view(**inner: int) -> DeviceMesh:
-        axes = {**outer, **inner}
-        return world._unflatten(0, tuple(axes.values()), tuple(axes))
-
-    return Meshes(
-        dense=view(data_shard=data, context=context, tensor=tensor),
-        experts=view(expert_data=config.expert_data, expert=config.expert, expert_tensor=config.expert_tensor),
-        split=view(shard=data * context, tensor=tensor),
-        whole=view(shard=data * context * tensor),
-        shared=view(data_shard=data, sequence=context * tensor),
+    whole = _unflattened(
+        world,
+        "world",
+        pipeline=config.pipeline,
+        data_replicate=config.data_replicate,
+        shard=data * context * tensor,
     )
+    shared = _unflattened(whole, "shard", data_shard=data, sequence=context * tensor)
+    return Meshes(
+        dense=_unflattened(shared, "sequence", context=context, tensor=tensor),
+        experts=_unflattened(
+            whole,
+            "shard",
+            expert_data=config.expert_data,
+            expert=config.expert,
+            expert_tensor=config.expert_tensor,
+        ),
+        split=_unflattened(whole, "shard", shard=data * context, tensor=tensor),
+        whole=whole,
+        shared=shared,
+    )
+
+
+def _unflattened(mesh: DeviceMesh, axis: str, **axes: int) -> DeviceMesh:
+    """The mesh with one axis as several, outermost first."""
+    return mesh._unflatten(axis, tuple(axes.values()), tuple(axes))
