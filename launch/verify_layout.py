@@ -193,6 +193,8 @@ def _tell(
     answer = "yes" if all(proof.holds for proof in proofs.values()) else "no"
     if isinstance(proof, Proof):
         reason = f"worst relative error {max(errors):.1e}, allowed {proof.tolerance:.0e} in {config.precision.name}"
+        if any(isinstance(proof, Proof) and proof.apart for proof in proofs.values()):
+            reason += "; ranks issue different collectives"
     else:
         reason = f"FP8 errs {max(errors):.3f} times as much as on one rank, allowed {FP8_BAR}"
     asks = f"does {_degrees(config.parallel)} on {ranks} ranks compute what one rank does?"

@@ -19,6 +19,7 @@ from octofold.train.config import RunConfig
 from octofold.train.layout.facts import RankFacts
 from octofold.train.layout.record import record
 from octofold.train.loss import valid_tokens
+from octofold.train.models.gate import TopKGate
 from octofold.train.models.mtp import MtpDepth
 from octofold.train.trainer import Schedule, Trainer
 
@@ -143,6 +144,26 @@ def embedding_not_summed_over_ends(config: RunConfig, run_dir: Path) -> RankFact
     """The first and the last stage of a pipeline keep the gradients of their own copies of the embedding."""
     with patch.object(SharedEnds, "sum_gradients", lambda ends: None):
         return record(config, run_dir)
+
+
+def sums_in_an_order_of_their_own(config: RunConfig, run_dir: Path) -> RankFacts:
+    """Two sums over the world, begun by every second rank the other way round: gloo bears it, NCCL would hang."""
+    groups = [dist.new_group(group_desc=name) for name in ("first", "second")]
+    forward = TopKGate.forward
+
+    def faulty(gate: TopKGate, *args: Any) -> Any:
+        mine = groups if dist.get_rank() % 2 else groups[::-1]
+        for work in [dist.all_reduce(torch.ones(3), group=group, async_op=True) for group in mine]:
+            assert work is not None
+            work.wait()
+        return forward(gate, *args)
+
+    try:
+        with patch.object(TopKGate, "forward", faulty):
+            return record(config, run_dir)
+    finally:
+        for group in groups:
+            dist.destroy_process_group(group)
 
 
 def balance_loss_lost_on_a_rank(config: RunConfig, run_dir: Path) -> RankFacts:

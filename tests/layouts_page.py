@@ -100,11 +100,14 @@ parameter's gradient is summed over every rank that computes with the same numbe
 | all else (norms, gates, down-projections to latents) | nothing | `data_shard` x `context` x `tensor` |
 
 The norm counts each element once, on whatever mesh it lives. Expert biases move by loads summed over all ranks.
+`backend.all_reduce=hierarchical` takes the trainer's own sums over the world (losses, loads, the norm) node by node;
+gradients are summed by FSDP2, which does as much for replicas (`data_replicate`) whose shards stay inside a node.
 
 ## What can be combined
 
-Proved: tiny DeepSeek-V2, and V3 with multi-token prediction, over gloo ranks, in FP64 to @fp64 over three steps. On
-the diagonal a degree alone. `make test` proves a part of them, `make test-slow` all on V3, `make test-matrix` on V2.
+Proved: tiny DeepSeek-V2, and V3 with multi-token prediction, over gloo ranks, in FP64 to @fp64 over three steps, and
+that all ranks issue the same collectives in the same order. On the diagonal a degree alone. `make test` proves a part
+of them, `make test-slow` all on V3, `make test-matrix` on V2.
 
 @pairs
 
@@ -130,8 +133,9 @@ octofold verify layout model=deepseek_v3 parallel.expert=4 parallel.tensor=2 par
 runs the job in small on CPU ranks of this machine and on one rank. Hidden width, depth, experts and vocabulary shrink;
 groups of experts, low-rank projections, shared experts, multi-token prediction, balance losses, document masks and
 accumulation stay. A world of more than @ranks ranks (`verify.ranks`) shrinks too, no degree that is above 1 to 1.
-It compares losses, every parameter's gradient at every step, the norm, every expert's load and bias, and the weights
-after three steps, and prints the worst first, with what is wrong in a sentence such as
+It compares losses, every parameter's gradient at every step, the norm, every expert's load and bias, the weights
+after three steps, and the collectives that ranks issue, and prints the worst first, with what is wrong in a sentence
+such as
 
 ```
 gradients of all expert weights are 2x those of one rank: summed once too often, or not divided
@@ -140,6 +144,7 @@ gradients are right, and the norm counts expert weights 2x
 expert bias of layers 1, 2, 3 moved by local counts
 loss is off by the factor 2.01, and tokens_global/tokens_local is 1.97 to 2.03: ranks divide by their own valid ...
 MTP losses are missing in the gradients of ...
+ranks issue different collectives, of all steps call 7: rank 0 issued all_reduce(...) on expert_data [0, 2], rank 2 ...
 ```
 
 Exit status 0: yes, 1: no; `result.json` in the run folder has every number. `verify.precision=fp32` is a smoke test

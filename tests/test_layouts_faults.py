@@ -38,6 +38,18 @@ def test_a_planted_fault_is_named(fault, layout_root, alone, ranks, tmp_path):
     assert not proof.holds
     assert proof.differences[0].error > 1e-6
     assert re.search(PLANTED[fault], "\n".join(proof.diagnosis)), proof.diagnosis
+    assert proof.apart is None, "all ranks still say the same to one another"
+
+
+def test_collectives_in_another_order_are_named(layout_root, alone, ranks, tmp_path):
+    """Every number is right, and the layout would hang where messages of two groups wait for each other."""
+    config, count = run_of("v3", LAYOUT, layout_root, MASKED)
+    task = "layout_faults:sums_in_an_order_of_their_own"
+    proof = prove(config, count, tmp_path, ranks, expected=alone(config), task=task)
+    assert proof.differences[0].error <= proof.tolerance
+    assert not proof.holds
+    (told,) = proof.diagnosis
+    assert re.search(r"rank 0 issued all_reduce\(float32\[3\]\) on second .*, rank 1 issued .* on first", told), told
 
 
 FAULTLESS = [LAYOUT, SPLIT, PIPELINE]

@@ -1,9 +1,12 @@
 """What a rank saw of a run, step by step: plain numbers and arrays, so that they travel. Torch-free."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from octofold.backends.recording import Record
 
 Arrays = dict[str, np.ndarray]
 
@@ -32,3 +35,5 @@ class RankFacts:
     steps: tuple[StepFacts, ...]
     weights: Arrays
     """Parameters after the last step, unsplit; those that this rank speaks for."""
+    calls: "tuple[Record, ...]" = ()
+    """The collectives of the steps, in order."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from octofold.backends.recording import first_difference
 from octofold.parallel.config import ParallelConfig
 from octofold.parallel.local_ranks import LocalRanks
 from octofold.train.config import RunConfig, validate
@@ -43,6 +44,9 @@ class Proof:
     """Of every number and tensor, the worst first."""
     diagnosis: list[str]
     """What is wrong; empty where the proof holds."""
+    apart: str | None
+    """Where ranks do not issue the same collectives in the same order, which may hang a job on other devices, the first
+    difference."""
 
 
 def one_rank(config: RunConfig, *, whole_batch: bool = True) -> RunConfig:
@@ -98,7 +102,11 @@ def prove(
         return seen.steps[0].gradients
 
     diagnosis = explain(found, expected, differences, tolerance, without)
-    return Proof(all(difference.error <= tolerance for difference in differences), tolerance, differences, diagnosis)
+    apart = first_difference([list(of_rank.calls) for of_rank in found])
+    if apart is not None:
+        diagnosis.append(f"ranks issue different collectives, of all steps {apart}")
+    holds = apart is None and all(difference.error <= tolerance for difference in differences)
+    return Proof(holds, tolerance, differences, diagnosis, apart)
 
 
 def _silenced(model: ModelConfig, loss: str) -> ModelConfig:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
 from octofold.backends.process_group import RankInfo
+from octofold.backends.recording import Record, recorded
 from octofold.backends.registry import resolve
 from octofold.parallel.placement_moves import slots_by_parameter
 from octofold.train.config import RunConfig
@@ -43,10 +44,12 @@ def record(config: RunConfig, run_dir: Path) -> RankFacts:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            witness = _Witness(trainer)
-            steps = tuple(witness.step() for _ in range(config.train.steps))
+            with recorded() as calls:
+                witness = _Witness(trainer, calls)
+                steps = tuple(witness.step() for _ in range(config.train.steps))
             slots = slots_by_parameter(trainer.model)
-            return RankFacts(rank, steps, spoken_for(trainer.model.named_parameters(), slots=slots))
+            weights = spoken_for(trainer.model.named_parameters(), slots=slots)
+            return RankFacts(rank, steps, weights, tuple(calls))
     finally:
         trainer.loader.close()
         if trainer.metrics is not None:
@@ -86,8 +89,9 @@ def spoken_for(
 class _Witness(RunProgress):
     """Stands where a step passes by: at the loader, before the engine's step, at the report."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: Trainer, calls: list[Record]) -> None:
+        """`calls`: of this rank, as they happen; those that only look on are taken out."""
+        self._trainer, self._calls = trainer, calls
         self._next_step, self._engine_step = trainer.loader.next_step, trainer.engine.step
         self._facts: dict[str, Any] = {}
         trainer.loader.next_step = self._read  # type: ignore[method-assign]
@@ -117,9 +121,10 @@ class _Witness(RunProgress):
         if ends is not None:  # the last of the sums that make a gradient, which the engine would do first
             ends.sum_gradients()
         # Zeros where the backward pass has not been: a rank without a gradient takes part in putting it together.
-        named = model.named_parameters()
+        named, called = model.named_parameters(), len(self._calls)
         graded = [(name, torch.zeros_like(p) if p.grad is None else p.grad) for name, p in named]
         self._facts["gradients"] = spoken_for(graded, 1 / engine.scaler.scale, slots_by_parameter(model))
+        del self._calls[called:]
         self._facts["loads"] = {n: gate.load_E.cpu().numpy().copy() for n, gate in self._trainer.gates.items()}
         engine.ends = None
         try:
