@@ -1,11 +1,14 @@
-"""Extremes of routing, around a run on every rank: tasks like `record`, for one rank and for many alike."""
+"""Extremes of routing and of labels, around a run on every rank: tasks like `record`, for one rank and many alike."""
 
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 
 from octofold.train.config import RunConfig
+from octofold.train.data.batch import IGNORED_LABEL, Batch
+from octofold.train.data.loader import Loader
 from octofold.train.layout.facts import RankFacts
 from octofold.train.layout.record import record
 from octofold.train.models.gate import TopKGate
@@ -30,3 +33,40 @@ def most_experts_empty(config: RunConfig, run_dir: Path) -> RankFacts:
 
     with patch.object(TopKGate, "_choose", choose):
         return record(config, run_dir)
+
+
+def unequal_counts(config: RunConfig, run_dir: Path) -> RankFacts:
+    """As it is; of many ranks, some must read more labels that count than others in some step."""
+    facts = record(config, run_dir)
+    least, most = _extremes(facts)
+    assert dist.get_world_size() == 1 or (least < most).any()
+    return facts
+
+
+def a_rank_without_labels(config: RunConfig, run_dir: Path) -> RankFacts:
+    """No label counts in every fourth sequence: in all that the first of four data ranks reads."""
+    next_step = Loader.next_step
+
+    def masked(loader: Loader) -> list[Batch]:
+        batches = next_step(loader)
+        for number, batch in enumerate(batches):
+            first = (number * loader._ranks + loader._rank) * loader._micro
+            samples_B = torch.arange(first, first + len(batch.labels_BS))
+            batch.labels_BS[samples_B % 4 == 0] = IGNORED_LABEL
+        return batches
+
+    with patch.object(Loader, "next_step", masked):
+        facts = record(config, run_dir)
+    least, most = _extremes(facts)
+    assert dist.get_world_size() == 1 or not least.any()
+    assert most.all()
+    return facts
+
+
+def _extremes(facts: RankFacts) -> tuple[torch.Tensor, torch.Tensor]:
+    """The fewest and the most labels that count in what a rank reads, by step. Collective."""
+    least = torch.tensor([step.own_tokens for step in facts.steps])
+    most = least.clone()
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return least, most

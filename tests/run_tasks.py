@@ -111,6 +111,23 @@ def run_with_nan(config: RunConfig, run_dir: Path, bad_step: int) -> dict[str, A
     return {**outcome(trainer, run_dir), "printed": printed.getvalue()}
 
 
+def run_with_nan_gradient(config: RunConfig, run_dir: Path, bad_step: int, bad_rank: int) -> dict[str, Any]:
+    """`run`, with NaN in the gradients of a parameter at `bad_step`, on one rank alone; and what was `applied` here."""
+    trainer, applied = build(config, run_dir), list[bool]()
+    step = trainer.engine.step
+
+    def spoiled_step() -> StepResult:
+        if trainer.progress.step + 1 == bad_step and dist.get_rank() == bad_rank:
+            next(p.grad for p in trainer.model.parameters() if p.grad is not None).mul_(float("nan"))
+        result = step()
+        applied.append(result.applied)
+        return result
+
+    trainer.engine.step = spoiled_step  # type: ignore[method-assign]
+    assert trainer.run(StopSignals())
+    return {**outcome(trainer, run_dir), "applied": applied}
+
+
 def error_with_broken_model(config: RunConfig, run_dir: Path) -> str:
     """What the user is told by a run whose logits are always NaN."""
     trainer = build(config, run_dir)

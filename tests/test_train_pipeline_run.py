@@ -1,5 +1,6 @@
 """Whole runs of a tiny model through pipelines: every schedule computes what one rank computes."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,26 @@ def test_a_pipeline_with_other_layouts_equals_one_rank(parallel, schedule, model
     config = tiny_run(root, 4, **groups_of(model, 1, degrees))
     found = joined(ranks(4).run(run_tasks.run_with_gradients, config, tmp_path))
     assert_equal_runs(found, run_alone(model), 1e-9)
+
+
+@pytest.mark.parametrize("bad_rank", [0, 1])
+@pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
+def test_nan_on_one_stage_skips_the_update_on_every_rank(schedule, bad_rank, root, ranks, tmp_path):
+    """The other stage's gradients are finite. Weights, moments and biases are those of one rank that skips, too."""
+    expected = run_tasks.alone(
+        run_tasks.run_with_nan_gradient, tiny_run(root, **groups_of(MTP, 8, {})), tmp_path / "one", 2, 0
+    )
+    config = tiny_run(root, 2, **groups_of(MTP, 2, {"pipeline": 2, "pipeline_schedule": schedule}))
+    found = ranks(2).run(run_tasks.run_with_nan_gradient, config, tmp_path / "two", 2, bad_rank)
+    assert [rank["applied"] for rank in found] == [[True, False, True]] * 2
+    assert [rank["updates"] for rank in found] == [2, 2]
+    assert [record["applied"] for record in found[0]["records"]] == [True, False, True]
+    whole = joined(found)
+    for record in (*whole["records"], *expected["records"]):
+        assert math.isfinite(record["grad_norm"]) == record.pop("applied")
+        record["grad_norm"] = record["grad_norm"] if math.isfinite(record["grad_norm"]) else 0.0
+    del whole["gradients"]
+    assert_equal_runs(whole, expected, 1e-9)
 
 
 def test_a_run_moves_between_pipelines_and_one_rank(root, ranks, run_alone, tmp_path):
