@@ -67,12 +67,12 @@ usage: octofold report RUN
 Draws loss, learning rate, gradient norm, expert load and throughput of a run, as PNG files and one HTML page.
 """
 
-VERIFY_USAGE = """\
-usage: octofold verify layout|precision [GROUP=OPTION ...] [KEY=VALUE ...] [verify.KEY=VALUE ...] [--config-dir DIR]
-
+VERIFY_SUBJECTS = {
+    "layout": """\
 layout: does the configured layout compute what one rank would? Runs the job in small on CPU ranks of this machine and
 on one, and compares losses, each parameter's gradient, norm, expert loads and biases, and the weights after three
-steps: worst offender first, with what is wrong. Writes runs/verify-layout-TIME/ (or run_dir) with result.json.
+steps: worst offender first, with what is wrong. Do all ranks issue the same collectives in the same order? Writes
+runs/verify-layout-TIME/ (or run_dir) with result.json.
 
   octofold verify layout model=deepseek_v3 parallel.expert=4 parallel.data_shard=4
 
@@ -80,7 +80,8 @@ steps: worst offender first, with what is wrong. Writes runs/verify-layout-TIME/
   verify.ranks=8            most ranks; larger degrees are halved, none that is above 1 below 2
   verify.steps=null         null: 3
   verify.seeds=1            repeated from train.seed, train.seed+1, ...
-
+""",
+    "precision": """\
 precision: trains what `octofold train` would in FP8, in BF16, and in BF16 that differs in rounding only, on the same
 batches from the same initial weights. Compares the loss curves (does FP8 stay within the bar, and does the noise floor
 of the two BF16 runs allow to tell?) and holds every product of FP8 layers to FP64 and to the reference. Writes
@@ -92,9 +93,17 @@ runs/verify-precision-TIME/ (or run_dir): the runs, result.json, curves.png. Giv
   verify.bar=0.0025         mean relative error of the smoothed loss that counts as none
   verify.smoothing=0.9      weight of the past in the moving average of the losses
   verify.seeds=1            three runs each: train.seed, train.seed+1, ...
+""",
+}
+"""What each verification does and takes."""
 
-exit status: 0 yes, 1 no, 3 inconclusive
-"""
+
+def verify_usage(*subjects: str) -> str:
+    """Of `octofold verify` with these subjects."""
+    takes = "[GROUP=OPTION ...] [KEY=VALUE ...] [verify.KEY=VALUE ...] [--config-dir DIR]"
+    told = "\n".join(VERIFY_SUBJECTS[subject] for subject in subjects)
+    return f"usage: octofold verify {'|'.join(subjects)} {takes}\n\n{told}\nexit status: 0 yes, 1 no, 3 inconclusive\n"
+
 
 IMPORT_USAGE = """\
 usage: octofold import FOLDER [GROUP=OPTION ...] [KEY=VALUE ...]
@@ -162,8 +171,8 @@ def _run(argv: list[str]) -> int:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         remedy = f"octofold {near[0]}" if near else "octofold --help"
         raise UserError(f"{verb}\n  rule:   the verb is one of: {', '.join(VERBS)}\n  remedy: {remedy}")
-    elif rest[:1] in (["--help"], ["-h"]):
-        print(VERBS[verb][1], end="")
+    elif {"--help", "-h"} & set(rest):
+        print(verify_usage(rest[0]) if verb == "verify" and rest[0] in VERIFY_SUBJECTS else VERBS[verb][1], end="")
     else:
         return VERBS[verb][0](rest)
     return 0
@@ -224,7 +233,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, TRAIN_USAGE),
     "sample": (_sample, SAMPLE_USAGE),
     "report": (_report, REPORT_USAGE),
-    "verify": (_verify, VERIFY_USAGE),
+    "verify": (_verify, verify_usage(*VERIFY_SUBJECTS)),
     "import": (_import, IMPORT_USAGE),
     "export": (_export, EXPORT_USAGE),
 }

@@ -25,7 +25,10 @@ def cwd(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["sample", "-h"], ["report", "--help"]])
+HELP = [["--help"], ["train", "--help"], ["sample", "-h"], ["report", "--help"], ["train", "model=tiny", "--help"]]
+
+
+@pytest.mark.parametrize("arguments", HELP)
 def test_help_goes_to_stdout(arguments, cwd, capsys):
     assert main(arguments) == 0
     assert capsys.readouterr().out.startswith("usage: octofold ")

@@ -14,7 +14,7 @@ from run_configs import write_corpus
 
 from octofold.kernels.config import KernelsConfig
 from octofold.kernels.qtensor import QTensor
-from octofold.launch.cli import main
+from octofold.launch.cli import VERIFY_SUBJECTS, main
 from octofold.launch.config import JobConfig
 from octofold.launch.run_folder import read_config
 from octofold.launch.verify_precision import RUNS, Products, _answer, _measured, variant
@@ -258,3 +258,12 @@ def test_a_launcher_is_refused(monkeypatch, capsys):
 def test_help(capsys):
     assert main(["verify", "--help"]) == 0
     assert "0 yes, 1 no, 3 inconclusive" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("subject", VERIFY_SUBJECTS)
+def test_help_on_one_subject_has_its_keys_alone(subject, capsys):
+    assert main(["verify", subject, "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: octofold verify {subject} [")
+    assert "verify.steps=" in printed
+    assert ("verify.ranks=" in printed) == (subject == "layout")
