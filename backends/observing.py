@@ -75,14 +75,9 @@ class Observer(Protocol):
 
 
 def group_name(group: dist.ProcessGroup) -> str:
-    """The group's name for people: its mesh axis, `world`, or what `name_group` or its maker gave it."""
+    """The group's name for people: its mesh axis, `world`, or what its maker gave it (`group_desc`)."""
     description = group.group_desc.removeprefix("mesh_")
     return {"default_pg": "world", "undefined": "unnamed", "default": "world"}.get(description, description)
-
-
-def name_group(group: dist.ProcessGroup, name: str) -> None:
-    """Give a group the name under which its calls are counted."""
-    group._set_group_desc(name)
 
 
 @contextmanager
@@ -99,7 +94,9 @@ def observed(observer: Observer) -> Iterator[None]:
 _observers: list[Observer] = []
 _installed: list[torch.library.Library] = []
 _unwaited: set[dist.Work] = set()
-"""Keeps the works that Python stands behind alive: C++ holds only their C++ half."""
+"""Keeps the works that Python stands behind alive until they are waited for: C++ holds only their C++ half."""
+MOST_UNWAITED = 4096
+"""Nobody need wait for a work. Where so many are left, further ones are not timed, and not kept."""
 
 
 def _install() -> None:
@@ -154,6 +151,8 @@ def _timed(results: Any, complete: Callable[[], None]) -> Any:
         # Those of gloo's messages and reduce-scatters have none.
         if "getFuture not implemented" not in str(error):
             raise
+    if len(_unwaited) >= MOST_UNWAITED:
+        return results
     boxed = _Waited(work, complete).boxed()
     return (*tensors, boxed) if tensors else boxed
 

@@ -1,8 +1,9 @@
 """torch.compile for what a model declares: functions of their input and a weight, without collectives or effects.
 
-Norms, today. Attention and feed-forward networks are not declared: the autograd functions of their kernels write in
-place where torch.compile cannot follow, and the exchange with experts waits for sizes. Compiled in training only:
-evaluation and generation have shapes of many lengths, each of which would be compiled anew.
+Norms, today: they are all that `Decoder.plan` declares. Attention and feed-forward networks are not, since what their
+kernels do (autograd functions of their own, some with outputs written in place) has not been tried under torch.compile;
+nor is the exchange with experts, which waits for sizes. Compiled in training only: evaluation and generation have
+shapes of many lengths, each of which would be compiled anew.
 """
 
 import os

@@ -102,10 +102,6 @@ def check_pipeline(config: ParallelConfig, layers: int, micro_batches: int) -> N
             rule = "without a pipeline (parallel.pipeline=1) there is one stage"
             raise ConfigError("parallel.pipeline", shown, rule, "parallel.pipeline above 1, or leave these out")
         return
-    if config.accumulate != "unreduced":
-        shown = f"parallel.accumulate={config.accumulate} parallel.pipeline={config.pipeline}"
-        rule = "the schedules of pipelines reduce gradients once, after all micro-batches"
-        raise ConfigError("parallel.accumulate", shown, rule, "parallel.accumulate=unreduced")
     _check_stages(config, layers)
     _check_micro_batches(config, micro_batches)
 

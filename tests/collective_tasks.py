@@ -26,7 +26,7 @@ from octofold.backends.collectives import (
 )
 from octofold.backends.errors import ConfigError
 from octofold.backends.hierarchical import sums_taken
-from octofold.backends.observing import Call, group_name, name_group, observed
+from octofold.backends.observing import Call, group_name, observed
 from octofold.backends.topology import Topology
 from octofold.train.build import draft_model
 from octofold.train.config import RunConfig
@@ -97,10 +97,9 @@ def pipeline_step() -> Seen:
 
 
 def own_exchange() -> Seen:
-    """An uneven all-to-all over a group that was named after it was made."""
+    """An uneven all-to-all over a group with a name of its own."""
     rank = dist.get_rank()
-    group = dist.new_group()
-    name_group(group, "expert")
+    group = dist.new_group(group_desc="expert")
     counts = [1, 2] if rank == 0 else [2, 1]
 
     def act() -> None:

@@ -4,7 +4,7 @@ B sequences, S positions, Q of them that a rank is given, J kinds of loss: the n
 multi-token prediction.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,9 @@ from octofold.train.engines.native import NativeEngine
 from octofold.train.loss import summed_cross_entropy, valid_tokens
 from octofold.train.models.decoder import Decoder
 from octofold.train.models.stages import Stages
+
+LossOf = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], torch.Tensor]
+"""From the logits and the labels of each kind of loss, J of both, to the scalar to differentiate."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,7 @@ class Accumulation:
         # Tensor ranks, which hold the same positions, have computed the same.
         return shares_J * (self.meshes.rank("tensor") == 0)
 
-    def _through(self, pipeline: Pipeline, inputs: list[_Inputs], loss_of: object) -> None:
-        assert callable(loss_of)
+    def _through(self, pipeline: Pipeline, inputs: list[_Inputs], loss_of: LossOf) -> None:
         scale = self.engine.scaler.scale
         documents = [given.doc_ids_BS for given in inputs if given.doc_ids_BS is not None]
         pipeline.accumulate(
