@@ -18,6 +18,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints/base.txt
 QUICKSTART := runs/quickstart
+# Much of a test is one process, or waits: as many run at once as there are cores, up to 4. A file's tests stay together.
+AT_ONCE := -n logical --maxprocesses 4 --dist loadfile
 # An install is repeated only when one of these changes.
 INSTALL_INPUTS := pyproject.toml $(CONSTRAINTS)
 
@@ -47,7 +49,7 @@ train: $(VENV)/.base
 
 test: $(VENV)/.dev
 	@echo "octofold: running the default test suite"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(AT_ONCE)
 
 test-slow: $(VENV)/.dev
 	@echo "octofold: running the slow proofs"

@@ -80,7 +80,7 @@ def test_help_is_the_default_and_shows_the_head_of_the_makefile(checkout):
                 "octofold report runs/quickstart",
             ],
         ),
-        ("test", ["python -m pytest"]),
+        ("test", ["python -m pytest -n logical --maxprocesses 4 --dist loadfile"]),
         ("test-slow", ["python -m pytest -m slow -rP"]),
         ("test-matrix", ["python -m pytest -m matrix -rP"]),
         ("lint", ["ruff check .", "ruff format --check .", "mypy"]),
@@ -117,7 +117,7 @@ def test_a_second_call_only_does_its_work(checkout):
     executable(checkout / ".venv/bin/octofold", '#!/bin/sh\necho "octofold $*"\n')
     first, second = make(checkout, "test"), make(checkout, "test")
     assert "pip install" in first.stdout
-    assert second.stdout == "octofold: running the default test suite\npython -m pytest\n"
+    assert second.stdout == "octofold: running the default test suite\npython -m pytest -n logical --maxprocesses 4 --dist loadfile\n"
     # The test suite's environment is good enough to train in.
     assert make(checkout, "train").stdout.startswith("octofold train experiment=quickstart")
 
