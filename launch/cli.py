@@ -19,7 +19,7 @@ verbs:
   train     train a model, or go on with a run
   sample    write text from a run's newest checkpoint
   report    draw a run: loss, expert load, throughput
-  verify    prove a configuration: a layout against one rank, FP8 against BF16
+  verify    prove a configuration: a layout against one rank, a resume, FP8 against BF16
   import    begin a run from a Hugging Face checkpoint
   export    write a run's checkpoint for Hugging Face transformers, vLLM and others
 
@@ -37,7 +37,11 @@ Trains and writes one folder: config.yaml, metrics.jsonl, checkpoints/step_N, lo
   octofold train model=moe_10m data=text data.path='corpus/*.txt' train.steps=2000
   octofold train launch.nproc_per_node=4 parallel.expert=4
   octofold train resume=runs/NAME train.steps=3000          go on with a run (or RUN/checkpoints/step_N)
+  octofold train resume=latest                              go on with the run in runs/ that saved last
   octofold train run_dir=runs/mine resume=auto              go on if it holds a checkpoint, else begin
+
+A resumed run is the same run: values that would change its course are refused unless allowed by name, such as
+'resume_allow=[optim.lr,data.*]'.
 
 groups: model data parallel precision optim train backend kernels engine checkpoint launch experiment
 
@@ -93,6 +97,20 @@ runs/verify-precision-TIME/ (or run_dir): the runs, result.json, curves.png. Giv
   verify.bar=0.0025         mean relative error of the smoothed loss that counts as none
   verify.smoothing=0.9      weight of the past in the moving average of the losses
   verify.seeds=1            three runs each: train.seed, train.seed+1, ...
+""",
+    "resume": """\
+resume: is a run that is killed and continued the same run? Runs the job in small on CPU ranks, and again, killing a
+rank in the middle of a step and continuing from the last checkpoint. Compares losses, norms, the samples of each step
+and every tensor bit for bit: weights, moments, expert biases, FP8 state; what was lost is named. Writes
+runs/verify-resume-TIME/ (or run_dir) with the runs and result.json.
+
+  octofold verify resume model=deepseek_v3 parallel.expert=2 precision=fp8_block
+
+  verify.resume_parallel={tensor:2}   continued on another layout besides; there to 1e-9 in FP64
+  verify.twin=true          false: the job's own model, data and batch, on CPU ranks
+  verify.steps=null         null: 6
+  verify.ranks=8            as for layout
+  verify.seeds=1            repeated from train.seed, train.seed+1, ...
 """,
 }
 """What each verification does and takes."""

@@ -200,6 +200,8 @@ def _check_value(override: Override, schema: type, groups: list[str]) -> None:
 def _described(kind: Any) -> str:
     if get_origin(kind) is list:
         return "a list such as [a,b]"
+    if get_origin(kind) is dict:
+        return "a mapping such as {a:1,b:2}"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
     return " or ".join(words[part] for part in get_args(kind) or (kind,))
 

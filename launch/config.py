@@ -24,6 +24,8 @@ class LaunchConfig:
 class JobConfig(RunConfig):
     """`RunConfig` with the launcher beside it."""
 
+    resume_allow: list[str] = field(default_factory=list)
+    """Keys, with * and ?, by which a continued run may leave the course of the saved one (launch/changes.py)."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
 

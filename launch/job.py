@@ -1,24 +1,22 @@
 """What `octofold train` is to run: a new job, or one that continues a saved run. Nothing is started or written here."""
 
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from octofold.backends.errors import ConfigError
+from octofold.launch.changes import Change, check_names, differences, require_allowed
 from octofold.launch.compose import apply, compose, parse
 from octofold.launch.config import JobConfig
 from octofold.launch.config import check as check_launch
-from octofold.launch.run_folder import checkpoints, has_checkpoint, read_config
+from octofold.launch.run_folder import checkpoints, has_checkpoint, latest_run, read_config
 from octofold.train.config import validate
 from octofold.train.models.config import ModelConfig
 
-# What a continued run may change by itself; all else would make the saved model, optimiser or data order another one's.
-FREE_KEYS = re.compile(
-    r"(name|run_dir|resume|launch\..*|checkpoint\..*|train\.(steps|log_every|eval_every|(final_)?eval_sequences|sample_prompt"
-    r"|sample_tokens|log_communication|wandb|tensorboard)|backend\.(threads|timeout_s)|data\.(workers|cache_dir))"
-)
+ASKED_EACH_TIME = ("resume", "resume_allow", "run_dir")
+"""Keys that belong to a start, not to the run."""
+FIRST = "step_0"
+"""The checkpoint of a run that has made no step: imported weights."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +27,17 @@ class Job:
     """`resume` is None for a run that begins at step 0, else the absolute path of the run or checkpoint to continue."""
     reuse_folder: bool
     """Whether the run's folder may hold a run already."""
+    asked: str | None = None
+    """What the user gave as `resume`: auto, latest, or a path."""
+    changes: tuple[Change, ...] = ()
+    """What differs from the saved run that is continued."""
 
 
 def draft(texts: Sequence[str], config_dirs: Sequence[str] = ()) -> JobConfig:
     """The job as the overrides describe it, typed, before any rule that binds several keys.
 
-    With `resume=RUN` that is RUN's saved job with the overrides on top, otherwise what `compose` makes of them.
+    With `resume=RUN` or `resume=latest` that is the saved job with the overrides on top, otherwise what `compose` makes
+    of them.
 
     Args:
         texts: overrides in Hydra's grammar.
@@ -43,9 +46,9 @@ def draft(texts: Sequence[str], config_dirs: Sequence[str] = ()) -> JobConfig:
     Raises:
         UserError: an override that cannot be honoured, or a run that cannot be continued.
     """
-    asked = [override.value() for override in parse(texts) if override.key_or_group == "resume"]
-    if asked and asked[-1] not in (None, "auto", "???"):
-        return _continued(str(asked[-1]), texts)
+    asked = _asked(texts)
+    if asked not in (None, "auto", "???"):
+        return _continued(str(asked), texts)
     config = compose(texts, config_dirs)
     if config.resume not in (None, "auto"):
         raise ConfigError("resume", config.resume, "a run is named on the command line", f"resume={config.resume}")
@@ -72,11 +75,19 @@ def settle(
     config = _absolute(draft(texts, config_dirs))
     config = config if model is None else replace(config, model=model)
     check_launch(config.launch)
+    check_names(config.resume_allow)
     checked = validate(config, world_size or config.launch.nproc_per_node)
     assert isinstance(checked, JobConfig)
     if checked.resume == "auto":
-        return Job(_automatic(checked), reuse_folder=True)
-    return Job(checked, reuse_folder=checked.resume is not None)
+        checked = _automatic(checked)
+        return Job(checked, reuse_folder=True, asked="auto", changes=_allowed_changes(checked))
+    return Job(checked, checked.resume is not None, _asked(texts), _allowed_changes(checked))
+
+
+def _asked(texts: Sequence[str]) -> str | None:
+    """What the overrides give as `resume`."""
+    given = [override.value() for override in parse(texts) if override.key_or_group == "resume"]
+    return None if not given or given[-1] is None else str(given[-1])
 
 
 def _absolute(config: JobConfig) -> JobConfig:
@@ -96,7 +107,7 @@ def _absolute(config: JobConfig) -> JobConfig:
 
 def _continued(asked: str, texts: Sequence[str]) -> JobConfig:
     """The saved job of a named run or checkpoint, with the user's values on top."""
-    path = Path(asked).expanduser().absolute()
+    path = latest_run() if asked == "latest" else Path(asked).expanduser().absolute()
     is_checkpoint = path.parent.name == "checkpoints"
     run_dir = path.parent.parent if is_checkpoint else path
     saved = read_config(run_dir)
@@ -108,7 +119,7 @@ def _continued(asked: str, texts: Sequence[str]) -> JobConfig:
         names = ", ".join(checkpoint.name for checkpoint in found)
         raise ConfigError("resume", asked, f"the run's checkpoints are: {names}", f"resume={found[-1]}")
     # The saved degree was inferred from the ranks of that day; the ranks of today may be others.
-    saved = replace(saved, parallel=replace(saved.parallel, data_shard=-1))
+    saved = replace(saved, parallel=replace(saved.parallel, data_shard=-1), resume_allow=[])
     config = apply(saved, [override for override in parse(texts) if override.key_or_group != "resume"])
     if config.run_dir != saved.run_dir and Path(str(config.run_dir)).expanduser().absolute() != run_dir:
         shown = f"resume={asked} run_dir={config.run_dir}"
@@ -122,22 +133,20 @@ def _automatic(config: JobConfig) -> JobConfig:
         rule = "resume=auto looks for a checkpoint in run_dir, and run_dir=null makes a new folder each time"
         raise ConfigError("resume", "auto", rule, "add run_dir=FOLDER")
     run_dir = Path(config.run_dir).expanduser().absolute()
-    if not has_checkpoint(run_dir):
-        return replace(config, resume=None)
-    before, now = _flat(asdict(read_config(run_dir))), _flat(asdict(config))
-    changed = [key for key in now if before[key] != now[key] and not FREE_KEYS.fullmatch(key)]
-    if changed:
-        shown = "\n  ".join(f"{key}={now[key]} (saved: {before[key]})" for key in changed)
-        rule = f"{run_dir} holds a run with other values, and resume=auto continues only the same run"
-        remedy = (
-            f"leave these values as they were, name another run_dir, or force them: resume={config.run_dir} KEY=VALUE"
-        )
-        raise ConfigError("resume", shown, rule, remedy)
-    return replace(config, resume=str(run_dir))
+    return replace(config, resume=str(run_dir) if has_checkpoint(run_dir) else None)
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+def _allowed_changes(config: JobConfig) -> tuple[Change, ...]:
+    """What differs from the saved run that `config.resume` continues.
+
+    Raises:
+        UserError: something that may not.
+    """
+    if config.resume is None:
+        return ()
+    path = Path(config.resume)
+    run_dir = path.parent.parent if path.parent.name == "checkpoints" else path
+    changes = [change for change in differences(read_config(run_dir), config) if change.key not in ASKED_EACH_TIME]
+    begun = any(checkpoint.name != FIRST for checkpoint in checkpoints(run_dir))
+    require_allowed(changes, config.resume_allow, str(run_dir), begun=begun)
+    return tuple(changes)

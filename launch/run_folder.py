@@ -22,6 +22,8 @@ from octofold.backends.errors import ConfigError, UserError
 from octofold.launch.config import JobConfig
 
 CONFIG_NAME = "config.yaml"
+RUNS = Path("runs")
+"""Where runs without a run_dir of their own lie, from the working directory."""
 # The file that makes a step folder a checkpoint: octofold.train.checkpoint.manifest.MANIFEST, which needs torch.
 MANIFEST = "manifest.json"
 # What OmegaConf raises for a file, a key or a value it cannot take.
@@ -120,6 +122,20 @@ def has_checkpoint(run_dir: Path) -> bool:
     return bool(checkpoints(run_dir))
 
 
+def latest_run(runs: Path = RUNS) -> Path:
+    """The run that `resume=latest` means: of the folders in `runs` that hold a run, the one whose newest checkpoint was
+    published last, whatever its step and whenever the run began.
+
+    Raises:
+        ConfigError: none of them holds a checkpoint.
+    """
+    saved = {path.parent: found[-1] for path in runs.glob(f"*/{CONFIG_NAME}") if (found := checkpoints(path.parent))}
+    if not saved:
+        rule = f"no run in {runs.absolute()} has saved a checkpoint"
+        raise ConfigError("resume", "latest", rule, "resume=RUN, a run folder that lies elsewhere, or leave resume out")
+    return max(saved, key=lambda run: ((saved[run] / MANIFEST).stat().st_mtime_ns, run.name)).absolute()
+
+
 def default_run_dir(name: str, suffix: str) -> Path:
     """runs/<name>-<suffix>; the name must be usable in a file name.
 
@@ -130,7 +146,7 @@ def default_run_dir(name: str, suffix: str) -> Path:
         raise ConfigError(
             "name", name, "it starts the run folder's name, so it holds no / and no leading dot", "name=run"
         )
-    return Path("runs") / f"{name}-{re.sub(r'[^A-Za-z0-9._-]', '_', suffix)}"
+    return RUNS / f"{name}-{re.sub(r'[^A-Za-z0-9._-]', '_', suffix)}"
 
 
 def make_run_folder(config: JobConfig, *, resuming: bool = False) -> Path:

@@ -5,17 +5,19 @@ import os
 import shlex
 import signal
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
 
 from octofold.backends.errors import ConfigError, UserError
+from octofold.launch.changes import EFFECTS
 from octofold.launch.config import JobConfig
 from octofold.launch.failures import USERS_MISTAKE
 from octofold.launch.job import Job, draft, settle
 from octofold.launch.local import Ended, Joined, join, start_ranks
 from octofold.launch.restart import after_restart, leave_mistake, mark_start, restarts
 from octofold.launch.run_folder import config_node, default_run_dir, make_run_folder, restore_config, write_config
+from octofold.train.history import append
 from octofold.train.stop import exit_status
 
 
@@ -107,6 +109,7 @@ def _start(job: Job, in_process: bool) -> Ended:
     """Run a job whose ranks nobody has started yet, or rank 0 of one whose ranks a launcher has started."""
     run_dir = make_run_folder(job.config, resuming=job.reuse_folder)
     config = replace(job.config, run_dir=str(run_dir))
+    _tell_changes(job, run_dir)
     previous = write_config(run_dir, config)
     if in_process and not restarts():
         mark_start(run_dir)
@@ -120,9 +123,24 @@ def _start(job: Job, in_process: bool) -> Ended:
     return ended
 
 
+def _tell_changes(job: Job, run_dir: Path) -> None:
+    """Enter into the run's history what continues it, and print what differs from what was saved."""
+    if job.config.resume is None:
+        return
+    changes = [asdict(change) for change in job.changes]
+    facts = {"asked": job.asked, "from": job.config.resume, "changes": changes, "allowed": job.config.resume_allow}
+    append(run_dir, "resume", **facts)
+    if job.changes:
+        listed = "\n".join(f"  {change}  ({EFFECTS[change.effect]})" for change in job.changes)
+        print(f"octofold: continuing {run_dir} with other values than it was saved with\n{listed}", file=sys.stderr)
+
+
 def _join(job: Job, joined: Joined) -> int:
     """Run as one rank of a launcher's job: all must find the same folder, and rank 0 writes its config.yaml."""
     run_dir = job.config.run_dir
+    if job.asked == "latest" and joined.world_size > 1:
+        rule = "every rank must find the same run, and each would look for itself while others may be saving"
+        raise ConfigError("resume", "latest", rule, f"resume={job.config.resume}")
     if run_dir is None:
         if joined.job_id is None:
             rule = "every rank must find the same folder, and the launcher gives the job no id"

@@ -3,11 +3,11 @@
 import argparse
 import os
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from octofold.backends.errors import ConfigError, UserError, unknown_name_error
 
-SUBJECTS = ["layout", "precision"]
+SUBJECTS = ["layout", "precision", "resume"]
 LAYOUT_PRECISIONS = ["fp64", "fp32", "fp8"]
 
 
@@ -16,7 +16,7 @@ class VerifyConfig:
     """The `verify` keys."""
 
     steps: int | None = None
-    """Steps of each run, and what the learning rate's schedule goes by; null: train.steps, of a layout 3."""
+    """Steps of each run, and what the learning rate's schedule goes by; null: train.steps, layout: 3, resume: 6."""
     smoothing: float = 0.9
     """precision: weight of the past in the exponential moving average of the losses; 0 does not smooth."""
     bar: float = 0.0025
@@ -26,7 +26,11 @@ class VerifyConfig:
     precision: str = "fp64"
     """layout: fp64 (the proof), fp32 (a smoke test), or fp8 (is the recipe's error that of one rank?)."""
     ranks: int = 8
-    """layout: the most ranks on this machine; larger degrees are halved, none that is above 1 below 2."""
+    """layout, resume: the most ranks on this machine; larger degrees are halved, none that is above 1 below 2."""
+    twin: bool = True
+    """resume: the job in small; false: its own model, data and batch, on CPU ranks."""
+    resume_parallel: dict[str, Any] = field(default_factory=dict)
+    """resume: a layout that the run is continued on besides its own, such as {tensor:2,expert:2}; all else is 1."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,10 @@ def run(argv: list[str]) -> int:
         from octofold.launch.verify_layout import verify_layout
 
         return verify_layout(settings, others, options.config_dir)
+    if argv[0] == "resume":
+        from octofold.launch.verify_resume import verify_resume
+
+        return verify_resume(settings, others, options.config_dir)
     from octofold.launch.verify_precision import verify_precision
 
     return verify_precision(settings, others, options.config_dir)

@@ -12,8 +12,7 @@ held to one another (train/layout/verdict.py), the worst first, and a difference
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from octofold.launch.config import JobConfig
 from octofold.launch.job import draft, settle
 from octofold.launch.run_folder import make_run_folder, write_config
 from octofold.launch.verify import VerifyConfig
-from octofold.launch.verify_precision import plain
+from octofold.launch.verify_runs import degrees, emulated, plain, warm_ranks
 from octofold.parallel.config import ParallelConfig
 from octofold.train.config import PrecisionConfig, RunConfig, validate
 from octofold.train.layout.twin import shrunk, smallest_world, twin
@@ -60,7 +59,7 @@ def verify_layout(
     precision = _precision(settings, asked)
     folder = make_run_folder(asked if asked.run_dir else replace(asked, name="verify-layout"))
     proofs: dict[int, Proof | Fp8Proof] = {}
-    with _warm_ranks() as on:
+    with warm_ranks() as on:
         for number in range(settings.seeds):
             seed = asked.train.seed + number
             scratch = folder / f"seed_{seed}" if number else folder
@@ -69,7 +68,7 @@ def verify_layout(
             assert isinstance(config, JobConfig)
             if not number:
                 write_config(folder, config)
-            print(f"octofold: seed {seed}: {_degrees(small)} on {ranks} ranks, and one rank", file=sys.stderr)
+            print(f"octofold: seed {seed}: {degrees(small)} on {ranks} ranks, and one rank", file=sys.stderr)
             proofs[seed] = _proved(config, ranks, scratch, on, task)
     holds = all(proof.holds for proof in proofs.values())
     _write_result(folder / "result.json", settings, asked.parallel, small, ranks, proofs)
@@ -101,21 +100,7 @@ def _precision(settings: VerifyConfig, asked: JobConfig) -> PrecisionConfig:
         shown = f"verify.precision=fp8 precision={asked.precision.name}"
         rule = "the recipe that is verified is the configured one"
         raise ConfigError("verify.precision", shown, rule, "precision=fp8_block, or verify.precision=fp64")
-    return replace(asked.precision, arithmetic="emulate", block=min(asked.precision.block, 16), watch_every=0)
-
-
-@contextmanager
-def _warm_ranks() -> "Iterator[Callable[[int], LocalRanks]]":
-    """The processes by their number, started when first asked for and ended with the context."""
-    from octofold.parallel.local_ranks import LocalRanks
-    from octofold.train.layout.prove import IMPORTS
-
-    warm: dict[int, LocalRanks] = {}
-    try:
-        yield lambda ranks: warm.setdefault(ranks, LocalRanks(ranks, IMPORTS))
-    finally:
-        for started in warm.values():
-            started.close()
+    return emulated(asked.precision)
 
 
 def _proved(
@@ -134,12 +119,6 @@ def _proved(
         raise UserError(
             f"{error}\n  rule:   {rule}\n  remedy: see the traceback above; the run is in {folder}"
         ) from error
-
-
-def _degrees(parallel: ParallelConfig) -> str:
-    """What is not as by default, as a user would write it."""
-    plain = asdict(ParallelConfig(data_shard=1))
-    return " ".join(f"{name}={value}" for name, value in asdict(parallel).items() if value != plain[name])
 
 
 def _write_result(
@@ -176,7 +155,7 @@ def _tell(
 
     console = RichConsole(highlight=False, width=None if sys.stdout.isatty() else 120)
     if config.parallel != asked.parallel:
-        was, now = _degrees(asked.parallel), _degrees(config.parallel)
+        was, now = degrees(asked.parallel), degrees(config.parallel)
         console.print(f"asked for: {was}\nproved:    {now} (verify.ranks={settings.ranks})", markup=False)
     said, errors = [], []
     for seed, proof in proofs.items():
@@ -197,7 +176,7 @@ def _tell(
             reason += "; ranks issue different collectives"
     else:
         reason = f"FP8 errs {max(errors):.3f} times as much as on one rank, allowed {FP8_BAR}"
-    asks = f"does {_degrees(config.parallel)} on {ranks} ranks compute what one rank does?"
+    asks = f"does {degrees(config.parallel)} on {ranks} ranks compute what one rank does?"
     console.print(f"{asks} {answer}: {reason}", markup=False, soft_wrap=True, style="bold")
 
 

@@ -12,7 +12,6 @@ The same command with run_dir=FOLDER goes on with what was interrupted, and trai
 """
 
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +33,7 @@ from octofold.launch.run_folder import (
     write_config,
 )
 from octofold.launch.verify import VerifyConfig
+from octofold.launch.verify_runs import plain
 from octofold.train.precision.config import PrecisionConfig
 from octofold.train.precision.verdict import Answer, Curves, Verdict, judge, smooth
 
@@ -245,15 +245,6 @@ def _write_result(path: Path, settings: VerifyConfig, answer: Answer, verdict: V
         "modules": modules,
     }
     path.write_text(json.dumps(plain(result), indent=2) + "\n", encoding="utf-8")
-
-
-def plain(value: Any) -> Any:
-    """What JSON knows: numbers that are not finite become texts."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _draw(path: Path, seeds: list[Curves], settings: VerifyConfig, verdict: Verdict, config: JobConfig) -> None:

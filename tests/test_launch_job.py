@@ -1,5 +1,7 @@
 """What `octofold train` settles on: new jobs proved by every rule, and saved runs continued or refused."""
 
+import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,10 +13,14 @@ from octofold.launch.run_folder import MANIFEST, write_config
 from octofold.train.config import validate
 
 
+@pytest.fixture(scope="module")
+def job():
+    return validate(compose(["name=saved", "train.steps=10", "train.seed=3"]), 1)
+
+
 @pytest.fixture
-def run_dir(tmp_path):
+def run_dir(job, tmp_path):
     """A run of one rank that stopped after step 5, and after step 10."""
-    job = validate(compose(["name=saved", "train.steps=10", "train.seed=3"]), 1)
     for step in (5, 10):
         (tmp_path / "checkpoints" / f"step_{step}").mkdir(parents=True)
         (tmp_path / "checkpoints" / f"step_{step}" / MANIFEST).write_text("{}")
@@ -101,12 +107,84 @@ def test_auto_begins_where_nothing_is_saved_and_goes_on_where_something_is(run_d
     assert (again.config.resume, again.config.train.steps, again.reuse_folder) == (str(run_dir), 12, True)
 
 
-def test_auto_lists_every_difference_from_the_saved_run(run_dir):
+STARTS = {"named": ["resume={run}"], "auto": ["resume=auto", "run_dir={run}", "train.seed=3"]}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_changed_course_is_refused_as_a_whole(start, run_dir):
+    """By name or not, the same rule; every difference is listed, those that are refused first."""
+    asked = [text.replace("{run}", str(run_dir)) for text in STARTS[start]]
     with pytest.raises(UserError) as error:
-        settle(["resume=auto", f"run_dir={run_dir}", "train.seed=4", "optim.lr=1e-3"])
-    assert "train.seed=4 (saved: 3)" in str(error.value)
-    assert "optim.lr=0.001 (saved: 0.002)" in str(error.value)
-    assert "train.steps" not in str(error.value)
+        settle([*asked, "train.seed=4", "optim.lr=1e-3", "train.steps=20", "train.log_every=1"])
+    lines = str(error.value).splitlines()
+    assert lines[0] == f"{run_dir} was saved with other values"
+    assert {*lines[1:3]} == {
+        "  train.seed: 3 -> 4  (changes the course)",
+        "  optim.lr: 0.002 -> 0.001  (changes the course)",
+    }
+    assert "  train.steps: 10 -> 20  (the run, and its schedule, end elsewhere)" in lines
+    assert "  train.log_every: 10 -> 1  (changes nothing of the course)" in lines
+    assert "resume_allow=[" in lines[-1]
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("allowed", ["[optim.lr,train.seed]", "[optim.*,train.*]"])
+def test_a_changed_course_may_be_allowed_by_name(start, allowed, run_dir):
+    asked = [text.replace("{run}", str(run_dir)) for text in STARTS[start]]
+    job = settle([*asked, "train.seed=4", "optim.lr=1e-3", f"resume_allow={allowed}"])
+    assert (job.config.optim.lr, job.config.train.seed) == (1e-3, 4)
+    assert {"optim.lr: 0.002 -> 0.001", "train.seed: 3 -> 4"} <= {*map(str, job.changes)}
+    # What was allowed once is not allowed for ever.
+    write_config(run_dir, job.config)
+    with pytest.raises(UserError, match=r"optim\.lr: 0\.001 -> 0\.003"):
+        settle([f"resume={run_dir}", "optim.lr=3e-3"])
+    assert settle([f"resume={run_dir}"]).changes == ()
+
+
+def test_another_model_is_refused_whatever_is_allowed(run_dir):
+    with pytest.raises(UserError) as error:
+        settle([f"resume={run_dir}", "model.hidden_size=96", "resume_allow=[model.*]"])
+    assert "makes it another model" in str(error.value)
+    assert "allow them" not in str(error.value)
+
+
+def test_a_layout_is_free(run_dir):
+    job = settle([f"resume={run_dir}", "launch.nproc_per_node=4", "parallel.expert=2", "train.micro_batch_size=2"])
+    assert job.config.parallel.data_shard == 4
+    assert {change.effect for change in job.changes} == {"none", "rounding"}
+
+
+def test_imported_weights_have_no_course_yet(run_dir):
+    for step in (5, 10):
+        (run_dir / "checkpoints" / f"step_{step}").rename(run_dir / "checkpoints" / "step_0")
+        (run_dir / "checkpoints" / "step_0" / MANIFEST).unlink()
+        (run_dir / "checkpoints" / "step_0").rmdir()
+    (run_dir / "checkpoints" / "step_0").mkdir()
+    (run_dir / "checkpoints" / "step_0" / MANIFEST).write_text("{}")
+    assert settle([f"resume={run_dir}", "optim.lr=1e-3"]).config.optim.lr == 1e-3
+    with pytest.raises(UserError, match="another model"):
+        settle([f"resume={run_dir}", "model.hidden_size=96"])
+
+
+def test_an_unknown_name_is_not_allowed(run_dir):
+    with pytest.raises(UserError, match=r"resume_allow=optim\.lrr"):
+        settle([f"resume={run_dir}", "resume_allow=[optim.lrr]"])
+
+
+def test_latest_is_the_run_that_saved_last(run_dir, tmp_path_factory, monkeypatch):
+    """Whatever its step, and whenever it began; what lies in runs/ without a checkpoint does not count."""
+    place = tmp_path_factory.mktemp("work")
+    monkeypatch.chdir(place)
+    with pytest.raises(UserError, match=r"no run in .*/runs has saved a checkpoint"):
+        settle(["resume=latest"])
+    for number, name in enumerate(["younger", "older", "empty"]):
+        shutil.copytree(run_dir, place / "runs" / name)
+        manifest = place / "runs" / name / "checkpoints" / "step_10" / MANIFEST
+        os.utime(manifest, ns=(10**18 - number, 10**18 - number))
+    shutil.rmtree(place / "runs" / "empty" / "checkpoints")
+    (place / "runs" / "empty" / "checkpoints").mkdir()
+    job = settle(["resume=latest", "train.log_every=1"])
+    assert (job.config.run_dir, job.asked, job.reuse_folder) == (str(place / "runs" / "younger"), "latest", True)
 
 
 def test_paths_of_data_are_kept_absolute(tmp_path, monkeypatch):

@@ -217,8 +217,8 @@ def test_the_runs_differ_in_what_they_are_to_differ_in():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "verify \n  rule:   what is verified is one of: layout, precision\n  remedy: octofold verify layout"),
-        (["precise"], "verify precise\n  rule:   what is verified is one of: layout, precision"),
+        ([], "verify \n  rule:   what is verified is one of: layout, precision, resume\n  remedy: octofold verify"),
+        (["precise"], "verify precise\n  rule:   what is verified is one of: layout, precision, resume"),
         (["precision"], "precision=bf16\n  rule:   BF16 is what FP8 is compared with"),
         (["precision", "precision=fp8_block", "resume=auto"], "remedy: leave resume out"),
         (["precision", "verify.steps=0"], "verify.steps=0\n  rule:   at least one step"),

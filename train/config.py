@@ -99,7 +99,8 @@ class RunConfig:
     run_dir: str | None = None
     """Folder of the run; null makes runs/<name>-<time>."""
     resume: str | None = None
-    """A run folder or a checkpoint to continue from; `auto` continues run_dir where it holds a checkpoint."""
+    """A run folder (its newest valid checkpoint) or a checkpoint to continue from; `auto` continues run_dir where it
+    holds a checkpoint, and begins there otherwise; `latest` continues the run in runs/ that saved last."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -9,6 +9,7 @@ import torch
 from octofold.backends.base import Backend
 from octofold.backends.process_group import RankInfo, joined
 from octofold.backends.registry import resolve
+from octofold.train import history
 from octofold.train.build import (
     build_engine,
     build_placement,
@@ -118,6 +119,7 @@ def build_trainer(config: RunConfig, run_dir: Path, backend: Backend, info: Rank
         trainer.load(checkpoint)
         console.info(f"continuing from {checkpoint}")
     if info.rank == 0:
+        _enter_start(trainer, run_dir, info.world_size)
         trainer.metrics = MetricsWriter(
             run_dir,
             run_name=run_dir.name,
@@ -127,6 +129,16 @@ def build_trainer(config: RunConfig, run_dir: Path, backend: Backend, info: Rank
             resumed_step=trainer.progress.step if config.resume else None,
         )
     return trainer
+
+
+def _enter_start(trainer: Trainer, run_dir: Path, ranks: int) -> None:
+    """Enter into the run's history where these ranks begin."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if trainer.last_checkpoint is None:
+        history.append(run_dir, "begin", ranks=ranks)
+        return
+    step, checkpoint = trainer.progress.step, str(trainer.last_checkpoint)
+    history.append(run_dir, "load", step=step, checkpoint=checkpoint, skipped=[], ranks=ranks)
 
 
 def _run(trainer: Trainer, stop: StopSignals, console: Console, run_dir: Path) -> Outcome:

@@ -336,6 +336,13 @@ class Trainer:
         """Save a checkpoint of the present step, unless there is one."""
         if self.saved_step == self.progress.step:
             return
+        state = self.state()  # of experts where they stand now, which the tensors do not show
+        with self.interval.paused(), self.logical_order():
+            self.last_checkpoint = self.checkpointer.save(self.progress.step, self.engine.tensors(), state)
+        self.saved_step = self.progress.step
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors, as plain values."""
         state: dict[str, Any] = {
             "step": self.progress.step,
             "updates": self.engine.updates,
@@ -346,9 +353,7 @@ class Trainer:
         }
         if self.placement is not None:
             state["placement"] = self.placement.state_dict()
-        with self.interval.paused(), self.logical_order():
-            self.last_checkpoint = self.checkpointer.save(self.progress.step, self.engine.tensors(), state)
-        self.saved_step = self.progress.step
+        return state
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint."""
