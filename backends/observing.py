@@ -7,6 +7,7 @@ operators leave empty. It tells observers of the call and lets it go on. That ho
 pass may run in other threads) from the first observer on; before, it costs nothing.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,6 +92,17 @@ def observed(observer: Observer) -> Iterator[None]:
         _observers.remove(observer)
 
 
+@contextmanager
+def unobserved() -> Iterator[None]:
+    """Tell nobody of the calls of this thread: of what goes on beside training, on a group of its own."""
+    _hidden.value = True
+    try:
+        yield
+    finally:
+        _hidden.value = False
+
+
+_hidden = threading.local()
 _observers: list[Observer] = []
 _installed: list[torch.library.Library] = []
 _unwaited: set[dist.Work] = set()
@@ -119,7 +131,7 @@ def _kernel(name: str) -> Callable[..., Any]:
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         device = (keyset & below).highestPriorityTypeId()
-        if not _observers:
+        if not _observers or getattr(_hidden, "value", False):
             return operator._op_dk(device, *args)
         call = Call(
             _OPERATORS[name],

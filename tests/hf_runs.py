@@ -19,7 +19,7 @@ from octofold.launch.compose import compose
 from octofold.launch.config import JobConfig
 from octofold.launch.run_folder import read_config, write_config
 from octofold.train.build import build_model
-from octofold.train.checkpoint.manager import Checkpointer, find
+from octofold.train.checkpoint.manager import Checkpointer
 from octofold.train.config import PrecisionConfig
 from octofold.train.engines.native import model_tensors
 from octofold.train.main import train
@@ -49,7 +49,7 @@ def our_logits(run_dir: Path, ahead: Sequence[torch.Tensor] = ()) -> list[torch.
     with joined(CpuBackend(), BackendConfig(threads=1), RankInfo()), torch.no_grad():
         model = build_model(config, torch.device("cpu"), 257).model
         checkpointer = Checkpointer(run_dir, config.checkpoint, torch.device("cpu"))
-        checkpointer.load(find(run_dir), model_tensors(model), whole=False)
+        checkpointer.load(run_dir, model_tensors(model), whole=False)
         positions_BS = positions_of(TOKENS_BS)
         model.eval()
         return model(TOKENS_BS, positions_BS, ahead=ahead) if ahead else [model(TOKENS_BS, positions_BS)]

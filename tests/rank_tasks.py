@@ -24,7 +24,7 @@ from octofold.parallel.mesh import build_meshes
 from octofold.parallel.norm import global_norm
 from octofold.parallel.transport import Route, Traffic, exchange
 from octofold.train.build import BuiltModel, build_engine, build_model, draft_model
-from octofold.train.checkpoint.manager import Checkpointer, find
+from octofold.train.checkpoint.manager import Checkpointer
 from octofold.train.config import CheckpointConfig, OptimConfig, PrecisionConfig, RunConfig, TrainConfig
 from octofold.train.engines.native import NativeEngine, model_tensors
 from octofold.train.loss import summed_cross_entropy, valid_tokens
@@ -147,7 +147,7 @@ def load_weights(model: ModelConfig, expert: int, run_dir: Path) -> dict[str, to
     built = build(model, expert).model
     engine = build_engine(built, OptimConfig(), UPDATES)
     checkpointer = Checkpointer(run_dir, CheckpointConfig(), torch.device("cpu"))
-    assert checkpointer.load(find(run_dir), engine.tensors())["weights_only"]
+    assert checkpointer.load(run_dir, engine.tensors()).state["weights_only"]
     assert not any(t.any() for name, t in engine.tensors().items() if name.startswith("optim."))
     return whole(built.state_dict().items())
 
@@ -157,6 +157,7 @@ def saved_weights(model: ModelConfig, expert: int, run_dir: Path) -> dict[str, t
     built = build(model, expert).model
     checkpointer = Checkpointer(run_dir, CheckpointConfig(), torch.device("cpu"))
     checkpointer.save(1, model_tensors(built), {})
+    checkpointer.wait()
     return whole(model_tensors(built).items())
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from octofold.backends.config import BackendConfig
+from octofold.train.checkpoint.validity import checkpoints_of, find_valid, valid_checkpoints
 from octofold.train.config import CheckpointConfig, OptimConfig, PrecisionConfig, RunConfig, TrainConfig, validate
 from octofold.train.data.config import DataConfig
 from octofold.train.models.config import ModelConfig
@@ -74,6 +75,16 @@ def tiny_run(root: Path, ranks: int = 1, **groups: Any) -> RunConfig:
         value = replace(getattr(config, name), **values) if isinstance(values, dict) else values
         config = replace(config, **{name: value})
     return validate(config, ranks)
+
+
+def newest(where: Path) -> Path:
+    """The newest valid checkpoint of a run."""
+    return Path(str(find_valid(where).path))
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    """Steps of a run's valid checkpoints, in order."""
+    return list(valid_checkpoints(checkpoints_of(run_dir))[0])
 
 
 def overrides(config: RunConfig) -> list[str]:

@@ -150,6 +150,7 @@ def resave(config: RunConfig, run_dir: Path) -> None:
     trainer = build(config, run_dir)
     trainer.saved_step = None
     trainer.save()
+    trainer.checkpointer.wait()
 
 
 def resave_error(config: RunConfig, run_dir: Path) -> str:

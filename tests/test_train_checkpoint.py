@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import run_tasks
 import torch
-from run_configs import tiny_run, write_corpus
+from run_configs import newest, steps_of, tiny_run, write_corpus
 from safetensors import safe_open
 
 from octofold.backends.errors import UserError
 from octofold.train.build import model_config
-from octofold.train.checkpoint.manager import find, published
 from octofold.train.checkpoint.manifest import read_manifest
 from octofold.train.checkpoint.storage import read_tensors
 from octofold.train.main import Outcome, train
@@ -77,9 +76,9 @@ def test_files_names_and_shapes(trained):
     assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
     assert [path.name for path in folder.glob("*.json")] == ["manifest.json"]
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["state"]["step"] == 3
-    assert manifest["state"]["updates"] == 3
-    assert manifest["state"]["loader"] == {"samples_seen": 24}
+    assert manifest["format"] == 2
+    state = manifest["content"]["state"]
+    assert (state["step"], state["updates"], state["loader"]) == (3, 3, {"samples_seen": 24})
     (shard,) = shards_of(folder)
     with safe_open(shard, framework="np") as file:
         saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -94,9 +93,9 @@ def test_every_layout_writes_the_same_tensors(n, expert, trained, root, ranks, t
     original = trained / "checkpoints" / "step_3"
     config = tiny_run(root, n, parallel={"expert": expert}, resume=str(original), **BF16)
     ranks(n).run(run_tasks.resave, config, tmp_path)
-    rewritten = find(tmp_path)
+    rewritten = newest(tmp_path)
     assert len(shards_of(rewritten)) == n
-    assert read_manifest(rewritten) == read_manifest(original)
+    assert read_manifest(rewritten).state == read_manifest(original).state
     expected, found = tensors_of(original), tensors_of(rewritten)
     assert expected["optim.layers.1.mlp.experts.down_proj.exp_avg"].abs().sum() > 0
     for name, tensor in expected.items():
@@ -147,8 +146,8 @@ DAMAGES = [
     pytest.param(rewrite_manifest("[]"), "manifest.json cannot be read", id="a list for a manifest"),
     pytest.param(rewrite_manifest('{"state": {}}'), "manifest.json cannot be read", id="manifest without files"),
     pytest.param(
-        rewrite_manifest('{"format": 2, "state": {}, "file_bytes": {}}'),
-        r"manifest.json has format 2\s+rule:   this version reads format 1",
+        rewrite_manifest('{"format": 3, "state": {}, "file_bytes": {}}'),
+        r"manifest.json has format 3\s+rule:   this version reads formats 1 to 2",
         id="manifest of a later version",
     ),
 ]
@@ -215,7 +214,7 @@ def test_full_disk(n, small_disk, trained, root, ranks):
         assert "No space left" in message
         assert "remedy:" in message
     assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["step_1"]
-    expected, found = tensors_of(trained / "checkpoints" / "step_1"), tensors_of(find(small_disk))
+    expected, found = tensors_of(trained / "checkpoints" / "step_1"), tensors_of(newest(small_disk))
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
@@ -229,7 +228,7 @@ def test_read_only_disk(n, small_disk, trained, root, ranks):
     messages = ranks(n).run(run_tasks.resave_error, second, small_disk)
     assert "Read-only file system" in messages[0]
     assert all("step_2 could not be written" in message for message in messages)
-    assert find(small_disk).name == "step_1"
+    assert newest(small_disk).name == "step_1"
 
 
 def test_file_in_the_way(trained, root, tmp_path):
@@ -241,7 +240,7 @@ def test_file_in_the_way(trained, root, tmp_path):
 @pytest.mark.parametrize(("keep", "left"), [(1, [4]), (2, [3, 4]), (0, [1, 2, 3, 4])])
 def test_retention_keeps_the_newest(keep, left, root, tmp_path):
     train(tiny_run(root, train={"steps": 4}, checkpoint={"every_steps": 1, "keep": keep}, **BF16), tmp_path)
-    assert list(published(tmp_path)) == left
+    assert steps_of(tmp_path) == left
 
 
 def test_abandoned_partial_is_harmless(trained, root, tmp_path):
@@ -250,7 +249,7 @@ def test_abandoned_partial_is_harmless(trained, root, tmp_path):
         partial = run_dir / "checkpoints" / f".step_{step}.partial"
         partial.mkdir()
         (partial / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half a file")
-    assert find(run_dir).name == "step_3"
+    assert newest(run_dir).name == "step_3"
     assert train(tiny_run(root, train={"steps": 4}, resume=str(run_dir), **BF16), run_dir) == Outcome(4)
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_2", "step_3", "step_4"]
 
@@ -260,7 +259,7 @@ def test_resuming_an_earlier_step_sets_later_ones_aside(trained, root, tmp_path)
     run_dir = Path(shutil.copytree(trained, tmp_path / "run"))
     config = tiny_run(root, resume=str(run_dir / "checkpoints" / "step_1"), checkpoint={"keep": 1}, **BF16)
     run_tasks.alone(run_tasks.run, config, run_dir, 2)
-    assert find(run_dir).name == "step_2"
+    assert newest(run_dir).name == "step_2"
     names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert names == ["step_2", "step_3.left_at_2"]
     left, original = tensors_of(run_dir / "checkpoints" / names[1]), tensors_of(trained / "checkpoints" / "step_3")
@@ -270,5 +269,5 @@ def test_resuming_an_earlier_step_sets_later_ones_aside(trained, root, tmp_path)
 def test_half_removed_checkpoint_is_not_listed(trained, tmp_path):
     run_dir = Path(shutil.copytree(trained, tmp_path / "run"))
     (run_dir / "checkpoints" / "step_3" / "manifest.json").unlink()
-    assert list(published(run_dir)) == [1, 2]
-    assert find(run_dir).name == "step_2"
+    assert steps_of(run_dir) == [1, 2]
+    assert newest(run_dir).name == "step_2"

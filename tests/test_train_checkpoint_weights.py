@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import rank_tasks
 import torch
+from run_configs import newest
 from safetensors.torch import save_file
 from tiny_models import SMALL, decoder
 
 from octofold.backends.errors import UserError
 from octofold.kernels.reference.block_cast import dequantize_blocks, quantize_blocks
 from octofold.parallel.local_ranks import RankError
-from octofold.train.checkpoint.manager import find, publish_weights
+from octofold.train.checkpoint.manager import publish_weights
 from octofold.train.checkpoint.quantized import dequantize_window, scale_shape
 from octofold.train.checkpoint.reading import CheckpointReader
 
@@ -109,7 +110,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(("world", "expert"), [(1, 1), (2, 2), (4, 2), (4, 1)])
 def test_windows_of_what_ranks_saved(world, expert, ranks, tmp_path):
     saved: dict[str, Any] = ranks(world).run(rank_tasks.saved_weights, MODEL, expert, tmp_path)[0]
-    reader = CheckpointReader(find(tmp_path))
+    reader = CheckpointReader(newest(tmp_path))
     assert reader.tensors == {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in saved.items()}
     for name, tensor in saved.items():
         size = len(tensor)
@@ -122,7 +123,7 @@ def test_windows_of_what_ranks_saved(world, expert, ranks, tmp_path):
 
 def test_a_missing_shard_is_named(ranks, tmp_path):
     ranks(2).run(rank_tasks.saved_weights, MODEL, 1, tmp_path)
-    folder = find(tmp_path)
+    folder = newest(tmp_path)
     sorted(folder.glob("shard-00002*"))[0].unlink()
     with pytest.raises(UserError, match="is missing"):
         CheckpointReader(folder)

@@ -10,9 +10,8 @@ import psutil
 import pytest
 import run_tasks
 from job_processes import DEADLINE_S, is_training, rank_processes, started, wait_for, wait_for_step
-from run_configs import tiny_run, write_corpus
+from run_configs import newest, steps_of, tiny_run, write_corpus
 
-from octofold.train.checkpoint.manager import find, published
 from octofold.train.checkpoint.manifest import read_manifest
 from octofold.train.config import RunConfig
 from octofold.train.metrics import read_metrics
@@ -80,8 +79,8 @@ def test_signal_saves_and_the_run_goes_on(n, number, status, root, undisturbed, 
     assert 6 <= last < STEPS
     assert f"stopped at step {last}; saved {run_dir}/checkpoints/step_{last}" in printed
     assert "Traceback" not in printed
-    assert find(run_dir).name == f"step_{last}"
-    assert read_manifest(find(run_dir))["step"] == last
+    assert newest(run_dir).name == f"step_{last}"
+    assert read_manifest(newest(run_dir)).state["step"] == last
     assert_resumes_to(undisturbed(n), root, run_dir, n, ranks)
 
 
@@ -94,7 +93,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(root, tmp_path):
     assert process.returncode == 0, printed
     last = read_metrics(run_dir)[-1]["step"]
     assert f"stopped at step {last}; saved" in printed
-    assert find(run_dir).name == f"step_{last}"
+    assert newest(run_dir).name == f"step_{last}"
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -125,6 +124,6 @@ def test_killed_run_goes_on_from_its_last_checkpoint(root, undisturbed, ranks, t
     assert process.returncode == -signal.SIGKILL
     reached = max(record["step"] for record in read_metrics(run_dir))
     assert reached < STEPS
-    assert set(published(run_dir)) <= {4, 8, *range(12, STEPS, 4)}
-    assert published(run_dir)
+    assert set(steps_of(run_dir)) <= {4, 8, *range(12, STEPS, 4)}
+    assert steps_of(run_dir)
     assert_resumes_to(undisturbed(n), root, run_dir, n, ranks)

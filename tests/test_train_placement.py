@@ -85,7 +85,7 @@ def test_a_run_goes_on_wherever_its_experts_stood(root, ranks, tmp_path):
     expected = ranks(2).run(run_tasks.run, config(2, 0), tmp_path / "whole")[0]
     run_dir = tmp_path / "moved"
     ranks(2).run(run_tasks.run, config(2, 2), run_dir, 3)
-    saved = read_manifest(run_dir / "checkpoints" / "step_3")["placement"]
+    saved = read_manifest(run_dir / "checkpoints" / "step_3").state["placement"]
     assert saved["orders"], "experts have moved"
     assert saved["steps"] == 1, "the loads of step 3 count for the next move"
     ranks(4).run(run_tasks.run, config(4, 2, resume=str(run_dir)), run_dir, 6)

@@ -79,8 +79,18 @@ class CheckpointConfig:
 
     every_steps: int = 200
     """Steps between checkpoints; the last step is always saved."""
+    dir: str | None = None
+    """Where they lie: a path, or a URL that fsspec can open; null: RUN/checkpoints. The same place for all ranks."""
+    asynchronous: bool = True
+    """Training goes on once tensors are copied to host memory, which takes as much of it as they do."""
     keep: int = 3
     """Newest checkpoints kept; 0 keeps all."""
+    keep_hours: float = 0.0
+    """Also kept are checkpoints younger than this."""
+    keep_every_steps: int = 0
+    """Also kept are checkpoints of multiples of this step; 0: none."""
+    max_failures: int = 3
+    """Saves in a row that may fail; each is warned of, and tried again at the next interval."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +137,7 @@ def validate(config: RunConfig, world_size: int) -> RunConfig:
         raise unknown_name_error("engine.name", config.engine.name, ["native"])
     config = replace(config, parallel=resolve(config.parallel, world_size))
     _check_counts(config)
+    check_finite("checkpoint.keep_hours", config.checkpoint.keep_hours, least=0.0)
     _check_optim(config.optim)
     if config.optim.moments == "auto":
         moments = "bf16" if config.precision.is_fp8 else "fp32"
@@ -180,6 +191,8 @@ def _check_counts(config: RunConfig) -> None:
         "train.sample_tokens": 0,
         "checkpoint.every_steps": 1,
         "checkpoint.keep": 0,
+        "checkpoint.keep_every_steps": 0,
+        "checkpoint.max_failures": 1,
         "backend.threads": 0,
     }
     for key, least in at_least.items():

@@ -95,13 +95,13 @@ class Console:
             f"{_number(record['loss_per_byte'], '.4f')} nats/byte  {_number(record['tokens'], ',')} tokens"
         )
 
-    def final(self, record: Mapping[str, Any], *, run_dir: Path, checkpoint: Path | None) -> None:
+    def final(self, record: Mapping[str, Any], *, run_dir: Path, checkpoint: object | None) -> None:
         """Print how a run ended: the loss beside the baselines, the sample, what was written and how to go on.
 
         Args:
             record: a `final` record (see `octofold.train.metrics`).
             run_dir: the run's folder.
-            checkpoint: the last checkpoint; None where none was saved.
+            checkpoint: path or URL of the last checkpoint; None where none was saved.
         """
         self._print()
         self._rich.print(_comparison(record))

@@ -151,7 +151,7 @@ def check_tensors(reader: CheckpointReader, tensors: list[HfTensor]) -> None:
         if name.startswith("model.") and name not in wanted and name.removesuffix(SCALE_SUFFIX) not in wanted
     ]
     rule = "the checkpoint holds the model that RUN/config.yaml describes"
-    refuse(reader.folder, faults, rule=rule, remedy="restore config.yaml, or export another checkpoint")
+    refuse(Path(str(reader.folder)), faults, rule=rule, remedy="restore config.yaml, or export another checkpoint")
 
 
 def _power_of_two(reader: CheckpointReader, export: ExportConfig) -> bool:

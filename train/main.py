@@ -19,7 +19,7 @@ from octofold.train.build import (
     materialise,
     model_config,
 )
-from octofold.train.checkpoint.manager import Checkpointer, find
+from octofold.train.checkpoint.manager import Checkpointer
 from octofold.train.config import RunConfig
 from octofold.train.console import Console
 from octofold.train.data.build import build_data
@@ -27,6 +27,7 @@ from octofold.train.metrics import MetricsWriter
 from octofold.train.startup import startup_sections
 from octofold.train.stop import StopSignals
 from octofold.train.trainer import Trainer
+from octofold.train.version import code_version
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def train(config: RunConfig, run_dir: Path, *, stop_deadline_s: float = math.inf
                 return _run(trainer, stop, console, run_dir)
         finally:
             trainer.loader.close()
+            trainer.checkpointer.close()
             if trainer.metrics is not None:
                 trainer.metrics.close()
 
@@ -106,7 +108,13 @@ def build_trainer(config: RunConfig, run_dir: Path, backend: Backend, info: Rank
             data_rank=built.meshes.data_rank,
             data_ranks=config.parallel.data,
         ),
-        checkpointer=Checkpointer(run_dir, config.checkpoint, device),
+        checkpointer=Checkpointer(
+            run_dir,
+            config.checkpoint,
+            device,
+            made_by={"version": code_version(), "world_size": info.world_size, "config": asdict(config)},
+            warn=console.warn,
+        ),
         watch=build_watch(config.precision, built, device),
         utilisation=build_utilisation(config, built, backend, info),
         console=console,
@@ -115,9 +123,7 @@ def build_trainer(config: RunConfig, run_dir: Path, backend: Backend, info: Rank
         device=device,
     )
     if config.resume:
-        checkpoint = find(Path(config.resume))
-        trainer.load(checkpoint)
-        console.info(f"continuing from {checkpoint}")
+        console.info(f"continuing from {trainer.load(config.resume)}")
     if info.rank == 0:
         _enter_start(trainer, run_dir, info.world_size)
         trainer.metrics = MetricsWriter(
@@ -138,7 +144,8 @@ def _enter_start(trainer: Trainer, run_dir: Path, ranks: int) -> None:
         history.append(run_dir, "begin", ranks=ranks)
         return
     step, checkpoint = trainer.progress.step, str(trainer.last_checkpoint)
-    history.append(run_dir, "load", step=step, checkpoint=checkpoint, skipped=[], ranks=ranks)
+    skipped = [str(passed) for passed in trainer.checkpointer.skipped]
+    history.append(run_dir, "load", step=step, checkpoint=checkpoint, skipped=skipped, ranks=ranks)
 
 
 def _run(trainer: Trainer, stop: StopSignals, console: Console, run_dir: Path) -> Outcome:

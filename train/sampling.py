@@ -16,7 +16,7 @@ from octofold.parallel.config import resolve as resolve_degrees
 from octofold.parallel.data import let_go
 from octofold.parallel.pipeline import Pipeline
 from octofold.train.build import COMPUTE_DTYPES, draft_fitting, materialise, rank_memory_bytes
-from octofold.train.checkpoint.manager import Checkpointer, find
+from octofold.train.checkpoint.manager import Checkpointer
 from octofold.train.config import RunConfig
 from octofold.train.data.tokenizer import Tokenizer, load_saved_tokenizer
 from octofold.train.engines.native import model_tensors
@@ -157,7 +157,6 @@ def sample(
     Raises:
         UserError: the run has no checkpoint or no tokenizer.
     """
-    checkpoint = find(run_dir)
     if not (run_dir / "tokenizer").is_dir():
         raise UserError(f"{run_dir}/tokenizer is missing\n  remedy: restore the folder that the run wrote at its start")
     tokenizer = load_saved_tokenizer(run_dir / "tokenizer")
@@ -171,7 +170,8 @@ def sample(
         built = draft_fitting(alone, backend, info, tokenizer.vocab_size, training=False)
         materialise(built, device, seed=config.train.seed)
         model = built.model
-        Checkpointer(run_dir, config.checkpoint, device).load(checkpoint, model_tensors(model), whole=False)
+        checkpointer = Checkpointer(run_dir, config.checkpoint, device)
+        checkpointer.load(checkpointer.place, model_tensors(model), whole=False)
         whole_bytes = built.count.total * COMPUTE_DTYPES[config.precision.name].itemsize
         if built.need.state_bytes + whole_bytes <= rank_memory_bytes(backend, info):
             # Where there is room, weights are cast to the compute dtype once, not for every token.

@@ -21,6 +21,7 @@ from octofold.parallel.pipeline import Pipeline
 from octofold.parallel.placement_moves import ExpertPlacement
 from octofold.train.accumulate import Accumulation
 from octofold.train.build import Names
+from octofold.train.checkpoint.folders import Folder
 from octofold.train.checkpoint.manager import Checkpointer
 from octofold.train.config import RunConfig
 from octofold.train.console import Console, RunProgress
@@ -113,7 +114,6 @@ class Trainer:
         )
         self.progress = Progress()
         self.saved_step: int | None = None
-        self.last_checkpoint: Path | None = None
         self._skipped_in_row = 0
         self._rank_imbalance = 1.0
         self._health: Health | None = None
@@ -137,6 +137,7 @@ class Trainer:
                 if self.progress.step % self.config.checkpoint.every_steps == 0:
                     self.save()
         self.save()
+        self.checkpointer.wait()
         return self.progress.step == train.steps
 
     def step(self, stop: StopSignals, bar: RunProgress) -> bool:
@@ -338,7 +339,7 @@ class Trainer:
             return
         state = self.state()  # of experts where they stand now, which the tensors do not show
         with self.interval.paused(), self.logical_order():
-            self.last_checkpoint = self.checkpointer.save(self.progress.step, self.engine.tensors(), state)
+            self.checkpointer.save(self.progress.step, self.engine.tensors(), state)
         self.saved_step = self.progress.step
 
     def state(self) -> dict[str, Any]:
@@ -355,9 +356,10 @@ class Trainer:
             state["placement"] = self.placement.state_dict()
         return state
 
-    def load(self, folder: Path) -> None:
-        """Continue from a checkpoint."""
-        state = self.checkpointer.load(folder, self.engine.tensors())
+    def load(self, where: Path | str | Folder) -> Folder:
+        """Continue from the newest valid checkpoint of a place (`Checkpointer.load`), which is returned."""
+        loaded = self.checkpointer.load(where, self.engine.tensors())
+        state = loaded.state
         origin: dict[str, Any] = {k: v for k, v in state.items() if k in ("imported_from", "scale_fmt", "block")}
         self.progress = Progress(state["step"], state["tokens_seen"], origin)
         self.engine.restore(state["updates"], state.get("loss_scale"))
@@ -366,4 +368,10 @@ class Trainer:
         forget_weights(self.model)
         if not state.get("weights_only"):
             self.loader.load_state_dict(state["loader"])
-        self.saved_step, self.last_checkpoint = self.progress.step, folder
+        self.saved_step = self.progress.step
+        return loaded.folder
+
+    @property
+    def last_checkpoint(self) -> Folder | None:
+        """The newest that was published or loaded."""
+        return self.checkpointer.last

@@ -1,52 +1,67 @@
-"""Where the checkpoints of a run lie: step_N folders, published by renaming, the newest few kept."""
+"""The checkpoints of a run: saved beside training and published whole, loaded from the newest that is valid."""
 
-import re
 import shutil
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from octofold.backends.collectives import all_reduce_sum
+from octofold.backends.collectives import Group
 from octofold.backends.errors import UserError
-from octofold.train.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
-from octofold.train.checkpoint.storage import read_tensors, write_tensors
+from octofold.backends.host_group import host_group
+from octofold.backends.observing import unobserved
+from octofold.train.checkpoint.checksums import DamagedError
+from octofold.train.checkpoint.folders import Folder, folder_at
+from octofold.train.checkpoint.manifest import MANIFEST, Manifest, write_manifest
+from octofold.train.checkpoint.retention import retired
+from octofold.train.checkpoint.storage import Ranks, read_tensors
+from octofold.train.checkpoint.validity import (
+    CHECKPOINTS,
+    Skipped,
+    candidates,
+    checkpoints_of,
+    nothing_valid,
+    valid_checkpoints,
+)
+from octofold.train.checkpoint.writing import CheckpointWriter, HostCopies, ShardPlanner, shard_of
 from octofold.train.config import CheckpointConfig
 
-STEP_FOLDER = re.compile(r"step_(\d+)")
+TIMEOUT = timedelta(hours=12)
+"""For ranks that have written to wait for those that still do."""
+
+_saving: WeakKeyDictionary[Group, threading.Thread] = WeakKeyDictionary()
+"""By group, the save under way: its calls and another's must not mix."""
 
 
-def published(run_dir: Path) -> dict[int, Path]:
-    """Checkpoints of a run by step, oldest first. A folder still being written has another name and is not listed."""
-    folders = {}
-    for path in (run_dir / "checkpoints").glob("step_*"):
-        if (match := STEP_FOLDER.fullmatch(path.name)) and (path / MANIFEST).exists():
-            folders[int(match[1])] = path
-    return dict(sorted(folders.items()))
+@dataclass
+class _Save:
+    """A save under way, and how it ended."""
+
+    step: int
+    asked_s: float
+    published: Folder | None = None
+    failure: str | None = None
+    error: BaseException | None = None
+    """What no rule provides for: another rank has died, or a mistake of ours."""
 
 
-def find(where: Path) -> Path:
-    """The checkpoint meant by a run folder (its newest) or by a step folder.
+@dataclass(frozen=True)
+class Loaded:
+    """What was loaded."""
 
-    Raises:
-        UserError: there is none.
-    """
-    if STEP_FOLDER.fullmatch(where.name) and where.is_dir() and not (where / "checkpoints").exists():
-        return where
-    folders = published(where)
-    if not folders:
-        raise UserError(f"{where} holds no checkpoint\n  remedy: name a run folder with checkpoints/step_N inside")
-    return folders[max(folders)]
-
-
-def _remove(folder: Path) -> None:
-    """Remove a checkpoint if it is there; the manifest goes first, so that half a checkpoint never passes for one."""
-    if folder.exists():
-        (folder / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder)
+    folder: Folder
+    state: dict[str, Any]
+    """What was saved beside tensors."""
+    skipped: list[Skipped] = field(default_factory=list)
+    """Newer ones that are not valid, newest first."""
 
 
 def publish_weights(run_dir: Path, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
@@ -57,107 +72,213 @@ def publish_weights(run_dir: Path, write: Callable[[Path], None], state: dict[st
             scales (train/checkpoint/quantized.py).
         state: joins the manifest; `block` is the edge of the FP8 blocks.
     """
-    final = run_dir / "checkpoints" / "step_0"
-    partial = final.with_name(".step_0.partial")
+    checkpoints = folder_at(run_dir / CHECKPOINTS)
+    partial = checkpoints.partial("step_0")
     try:
-        partial.mkdir(parents=True)
-        write(partial)
+        checkpoints.begin("step_0", MANIFEST)
+        write(Path(str(partial)))
         start = {"step": 0, "updates": 0, "tokens_seen": 0, "weights_only": True}
         write_manifest(partial, {**start, **state})
-        partial.rename(final)
+        return Path(str(checkpoints.publish("step_0")))
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(str(partial), ignore_errors=True)
         raise
-    return final
 
 
 class Checkpointer:
     """Saves and loads one run's checkpoints. Every method is collective: all ranks call it together."""
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        config: CheckpointConfig,
+        device: torch.device,
+        *,
+        made_by: dict[str, Any] | None = None,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """
+        Args:
+            made_by: what each manifest says of the run (`Manifest.made_by`).
+            warn: tells the user; called from other threads too.
+        """
         self.run_dir, self.config, self.device = run_dir, config, device
+        self.checkpoints = checkpoints_of(run_dir, config.dir)
+        self.place: Path | str = config.dir or run_dir
+        """Where the run's own are looked for; named in errors."""
+        self.last: Folder | None = None
+        """The newest that this run has published or loaded, so far as ranks know of it."""
+        self.skipped: list[Skipped] = []
+        """What the last `load` passed over."""
+        self.failures = 0
+        """Saves in a row that failed."""
+        self._made_by, self._warn = made_by or {}, warn
+        self._copies = HostCopies()
+        self._save: _Save | None = None
+        self._failed: _Save | None = None
 
-    def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> Path:
-        """Write a checkpoint aside, publish it by renaming, then remove those beyond `keep`.
+    def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        """Copy `tensors` to host memory, and publish a checkpoint of them beside what comes next.
+
+        One is written at a time: while another is, this waits for it, and says so. One that fails is warned of, and
+        leaves the earlier ones as they are; `checkpoint.max_failures` of them in a row are an error.
 
         Raises:
-            UserError: it could not be written; the earlier ones are untouched.
+            UserError: too many have failed one after the other.
         """
-        final = self.run_dir / "checkpoints" / f"step_{step}"
-        partial = final.with_name(f".step_{step}.partial")
-        self._on_first_rank(lambda: self._begin(partial), final)
-        try:
-            write_tensors(partial, tensors)
-        except CheckpointException as error:
-            self._on_first_rank(self._remove_partials, final)
-            reasons = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
-            raise self._unwritable(final, reasons) from None
-        self._on_first_rank(lambda: self._publish(partial, final, state), final)
-        self._on_first_rank(lambda: self._retire(step), final)
-        return final
+        self._finish(wanted=step)
+        if self.failures >= self.config.max_failures:
+            raise self._unwritable()
+        save = _Save(step, time.monotonic())
+        group = self._group()
+        if self.config.asynchronous:
+            shards = self._copies.take(tensors)
+        else:
+            shards = {name: shard_of(tensor) for name, tensor in tensors.items()}
+        planner = ShardPlanner(tensors, shards)
+        writer = CheckpointWriter(self.checkpoints, f"step_{step}", state, self._made_by)
+        self._save = save
+        thread = threading.Thread(target=self._write, args=(save, planner, writer, group), name=f"save {step}")
+        thread.daemon = True
+        _saving[group] = thread
+        thread.start()
+        if not self.config.asynchronous:
+            self._finish()
 
-    def load(self, folder: Path, tensors: dict[str, torch.Tensor], *, whole: bool = True) -> dict[str, Any]:
-        """Fill `tensors` from a checkpoint and return the state saved with them; `whole`: they must be all of it.
+    def wait(self) -> Folder | None:
+        """Return once all that was asked for is published: the newest, None if there is none.
+
+        Raises:
+            UserError: the last save failed.
+        """
+        self._finish()
+        if self.failures:
+            raise self._unwritable()
+        return self.last
+
+    def load(self, where: Path | str | Folder, tensors: dict[str, torch.Tensor], *, whole: bool = True) -> Loaded:
+        """Fill `tensors` from the newest valid checkpoint of a place, each byte checked on the way.
 
         One that holds weights only, as `publish_weights` writes, leaves the optimiser's moments as they are.
 
+        Args:
+            where: a checkpoint, or what holds several (a run's folder, `checkpoint.dir`); then one that turns out to be
+                damaged is passed over, and the next older one is loaded.
+            whole: `tensors` must be all that the checkpoint holds.
+
         Raises:
-            UserError: the checkpoint is incomplete, or is of another model.
+            UserError: no checkpoint there is valid, or it is of another model.
         """
-        state = read_manifest(folder)
-        if state.get("weights_only"):
+        self._finish()
+        ranks = Ranks(self._group())
+        # The first rank looks, so that all see the same even while somebody writes.
+        found, skipped = ranks.first(lambda: candidates(where))
+        for folder, manifest in found:
+            try:
+                return self._load(folder, manifest, tensors, ranks.group, whole=whole, skipped=skipped)
+            except DamagedError as error:
+                skipped = [*skipped, Skipped(folder, str(error))]
+                self._warn(f"{Skipped(folder, str(error))}; the next older checkpoint is tried")
+        raise nothing_valid(where, skipped)
+
+    def close(self) -> None:
+        """Let the save under way end, without a word of how. Not collective."""
+        if self._save is not None and (thread := _saving.get(host_group(TIMEOUT))) is not None:
+            thread.join()
+
+    def _load(
+        self,
+        folder: Folder,
+        manifest: Manifest,
+        tensors: dict[str, torch.Tensor],
+        group: Group | None,
+        *,
+        whole: bool,
+        skipped: list[Skipped],
+    ) -> Loaded:
+        if manifest.state.get("weights_only"):
             tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
-        read_tensors(folder, tensors, whole=whole, block=state.get("block"))
-        return state
+        read_tensors(folder, tensors, whole=whole, manifest=manifest, group=group)
+        self.last = folder
+        step = manifest.state.get("step", -1)
+        self.skipped = [s for s in skipped if s.step > step]
+        return Loaded(folder, manifest.state, self.skipped)
 
-    def _begin(self, partial: Path) -> None:
-        self._remove_partials()
-        partial.mkdir(parents=True)
+    def _group(self) -> Group:
+        group = host_group(TIMEOUT)
+        if (thread := _saving.get(group)) is not None:
+            thread.join()
+        return group
 
-    def _remove_partials(self) -> None:
-        """Free the room of what was never published."""
-        for folder in (self.run_dir / "checkpoints").glob(".step_*.partial"):
-            shutil.rmtree(folder, ignore_errors=True)
+    def _finish(self, wanted: int | None = None) -> None:
+        """Wait for the save under way, and count how it ended; `wanted`: the step that waits to be saved."""
+        save, self._save = self._save, None
+        if save is None:
+            return
+        thread = _saving[host_group(TIMEOUT)]
+        if wanted is not None and thread.is_alive():
+            began_s = time.monotonic()
+            thread.join()
+            waited_s = time.monotonic() - began_s
+            if waited_s > 0.1:
+                self._warn(
+                    f"step {wanted} waited {waited_s:.1f} s until the checkpoint of step {save.step} was written"
+                )
+        thread.join()
+        if save.error is not None:
+            raise save.error
+        if save.published is not None:
+            self.last, self.failures = save.published, 0
+        else:
+            self.failures += 1
+            self._failed = save
 
-    def _publish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
+    def _write(self, save: _Save, planner: ShardPlanner, writer: CheckpointWriter, group: Group) -> None:
+        """Write, publish and retire, in a thread of its own."""
+        final = self.checkpoints / f"step_{save.step}"
         try:
-            write_manifest(partial, state)
-        except OSError:
-            self._remove_partials()
-            raise
-        _remove(final)
-        partial.rename(final)
+            with unobserved():
+                dcp.save({}, storage_writer=writer, planner=planner, process_group=group)
+            save.published = final
+        except CheckpointException as error:
+            causes = {rank: failure[0] for rank, failure in error.failures.items()}
+            if mistakes := [cause for cause in causes.values() if not isinstance(cause, OSError)]:
+                save.error = mistakes[0]
+                return
+            save.failure = "; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items())
+        except BaseException as error:  # noqa: BLE001 - raised again where the training thread waits
+            save.error = error
+            return
+        if torch.distributed.get_rank() != 0:
+            return
+        try:
+            if save.published is not None:
+                self._retire(save.step)
+            else:
+                self._warn(f"checkpoint {final} could not be written: {save.failure}; tried again at the next interval")
+                self.checkpoints.partial(final.name).remove()
+        except OSError as error:
+            self._warn(f"{self.checkpoints}: what is no longer needed could not be removed: {error}")
 
     def _retire(self, step: int) -> None:
-        """Keep the newest, of which `step` is the last.
+        """Remove what is no longer kept, where `step` is the newest of the course.
 
         Later steps belong to a course that was left when the run was resumed from an earlier checkpoint, and would be
         taken for the newest. They are set aside: nobody asked to delete them.
         """
-        steps = published(self.run_dir)
-        for later in [number for number in steps if number > step]:
-            folder = steps.pop(later)
-            aside = folder.with_name(f"{folder.name}.left_at_{step}")
-            _remove(aside)
-            folder.rename(aside)
-        for folder in list(steps.values())[: -self.config.keep] if self.config.keep else []:
-            _remove(folder)
+        valid, skipped = valid_checkpoints(self.checkpoints)
+        for later in [number for number in [*valid, *(s.step for s in skipped)] if number > step]:
+            self.checkpoints.set_aside(f"step_{later}", f"step_{later}.left_at_{step}", MANIFEST)
+        times = {number: manifest.saved_at_s for number, manifest in valid.items() if number <= step}
+        old, broken = retired(self.config, times, [s.step for s in skipped if s.step < step], time.time())
+        for number in [*broken, *old]:
+            self.checkpoints.withdraw(f"step_{number}", MANIFEST)
 
-    def _on_first_rank(self, action: Callable[[], None], final: Path) -> None:
-        """Run `action` on rank 0 and let every rank know whether it failed."""
-        failure: OSError | None = None
-        if dist.get_rank() == 0:
-            try:
-                action()
-            except OSError as error:
-                failure = error
-        failed = all_reduce_sum(torch.tensor([float(failure is not None)], device=self.device))
-        if failed.item():
-            raise self._unwritable(final, str(failure) if failure else "rank 0 could not write it")
-
-    @staticmethod
-    def _unwritable(final: Path, reason: str) -> UserError:
+    def _unwritable(self) -> UserError:
+        assert self._failed is not None
         return UserError(
-            f"checkpoint {final} could not be written: {reason}\n"
+            f"checkpoint {self.checkpoints}/step_{self._failed.step} could not be written: {self._failed.failure}\n"
+            f"  rule:   a run goes on after a failed save, but not without its last one, nor after "
+            f"checkpoint.max_failures={self.config.max_failures} in a row ({self.failures} now)\n"
             "  remedy: free space or mend permissions, then resume; earlier checkpoints are untouched"
         )

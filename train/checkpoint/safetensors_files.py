@@ -78,13 +78,31 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            header_bytes = int.from_bytes(file.read(8), "little")
-            if size < 8 or header_bytes > min(size - 8, LONGEST_HEADER_BYTES):
-                raise _damaged(path, f"a header of {header_bytes} bytes does not fit a file of {size} bytes")
-            header = json.loads(file.read(header_bytes))
+
+            def read(begin: int, size: int) -> bytes:
+                file.seek(begin)
+                return file.read(size)
+
+            return parse_header(path, os.fstat(file.fileno()).st_size, read)
     except OSError as error:
         raise _damaged(path, str(error.strerror)) from None
+
+
+def parse_header(
+    path: Path, size: int, read: Callable[[int, int], bytes]
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """`read_header` of a file that is not opened here.
+
+    Args:
+        path: for the errors, and for `StoredTensor`.
+        size: of the file, in bytes.
+        read: gives so many bytes from some place on.
+    """
+    header_bytes = int.from_bytes(read(0, min(8, size)), "little")
+    if size < 8 or header_bytes > min(size - 8, LONGEST_HEADER_BYTES):
+        raise _damaged(path, f"a header of {header_bytes} bytes does not fit a file of {size} bytes")
+    try:
+        header = json.loads(read(8, header_bytes))
     except ValueError as error:
         if isinstance(error, UserError):
             raise

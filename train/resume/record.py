@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from octofold.backends.process_group import RankInfo
 from octofold.backends.registry import resolve
-from octofold.train.checkpoint.manager import published
+from octofold.train.checkpoint.validity import checkpoints_of, valid_checkpoints
 from octofold.train.config import RunConfig
 from octofold.train.console import Console
 from octofold.train.data.batch import Batch
@@ -124,7 +124,7 @@ def _arrange_death(trainer: Trainer, run_dir: Path, stand_at: int, kill_at: int)
         if trainer.progress.step + 1 != kill_at:
             return update()
         deadline_s = time.monotonic() + PUBLISHING_S
-        while stand_at not in published(run_dir):
+        while stand_at not in valid_checkpoints(checkpoints_of(run_dir))[0]:
             assert time.monotonic() < deadline_s, f"no checkpoint of step {stand_at} after {PUBLISHING_S:g} s"
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
