@@ -82,12 +82,12 @@ def _split_tensors(model: nn.Module, plan: ParallelPlan, meshes: Meshes) -> None
 
 
 def _split_experts(model: nn.Module, plan: ParallelPlan, meshes: Meshes, make_route: RouteMaker) -> None:
-    expert, slices = meshes.experts["expert"], meshes.experts["expert_tensor"]
+    expert, slices = meshes.experts.get_group("expert"), meshes.experts.get_group("expert_tensor")
     # Experts along E, their width along the dim that both stacks have it in: [E, 2, I, D] and [E, D, I].
     dims = {axis: dim for axis, dim in (("expert", 0), ("expert_tensor", 2)) if meshes.size(axis) > 1}
     for name in plan.experts:
         # Not a parameter, module or buffer, so setattr leaves torch's registries alone.
-        route = make_route(expert.get_group(), slices.get_group())
+        route = make_route(expert, slices)
         setattr(model.get_submodule(name.rpartition(".")[0]), "run_experts", route)  # noqa: B010
         experts = model.get_submodule(name)
         for parameter_name, parameter in list(experts.named_parameters(recurse=False)) if dims else []:
@@ -114,8 +114,8 @@ def _distributed(name: str, parameter: nn.Parameter, mesh: DeviceMesh, dims: dic
 def _split_sequences(model: nn.Module, plan: ParallelPlan, meshes: Meshes) -> None:
     if meshes.size("tensor") * meshes.size("context") == 1:
         return
-    groups = [meshes.dense["tensor"], meshes.dense["context"], meshes.shared["sequence"]]
-    sequence = SplitSequence(*(mesh.get_group() for mesh in groups))
+    views = {"tensor": meshes.dense, "context": meshes.dense, "sequence": meshes.shared}
+    sequence = SplitSequence(*(view.get_group(axis) for axis, view in views.items()))
     for name in plan.sequences:
         setattr(model.get_submodule(name), "sequence", sequence)  # noqa: B010
 

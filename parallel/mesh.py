@@ -36,13 +36,19 @@ class Meshes:
 
     def size(self, axis: str) -> int:
         """Degree of an axis of `dense` or `experts`."""
-        view = self.dense if axis in (self.dense.mesh_dim_names or ()) else self.experts
-        return view[axis].size()
+        view, number = self._place(axis)
+        return view.size(number)
 
     def rank(self, axis: str) -> int:
         """This rank's coordinate on an axis of `dense` or `experts`."""
+        view, number = self._place(axis)
+        return view.get_local_rank(number)
+
+    def _place(self, axis: str) -> tuple[DeviceMesh, int]:
+        """The view that has an axis, and its number there: a mesh of the axis alone takes milliseconds to make."""
         view = self.dense if axis in (self.dense.mesh_dim_names or ()) else self.experts
-        return view[axis].get_local_rank()
+        assert view.mesh_dim_names is not None
+        return view, view.mesh_dim_names.index(axis)
 
     @property
     def data_rank(self) -> int:
@@ -60,12 +66,7 @@ class Meshes:
     @property
     def whole_model(self) -> bool:
         """Does a rank compute every layer, over all positions and all of its width (experts aside)?"""
-        return self.size("pipeline") == 1 and self.shared["sequence"].size() == 1
-
-    @property
-    def expert_group(self) -> Group:
-        """The ranks that together hold every expert once."""
-        return self.experts["expert"].get_group()
+        return self.size("pipeline") == 1 and self.shared.get_group("sequence").size() == 1
 
 
 _built: WeakKeyDictionary[Group, dict[tuple[object, ...], Meshes]] = WeakKeyDictionary()

@@ -14,6 +14,7 @@ from layout_cases import DEFAULT, FULL, Case
 from octofold.backends.errors import ConfigError
 from octofold.backends.topology import Topology
 from octofold.launch.compose import apply, compose, parse
+from octofold.launch.config import JobConfig
 from octofold.launch.verify import VerifyConfig
 from octofold.parallel.config import DENSE_DEGREES, ParallelConfig
 from octofold.train.build import draft_model
@@ -154,12 +155,15 @@ against FP64 to @fp8 times that on one rank.
 
 
 @cache
+def _composed(*groups: str) -> JobConfig:
+    return compose(["model=deepseek_v3_tiny", "train.micro_batch_size=1", *groups])
+
+
+@cache
 def refusal(text: str) -> ConfigError | None:
     """What a user is told of these overrides, on the smallest world where they name none."""
     texts = text.split()
-    job = compose(
-        ["model=deepseek_v3_tiny", "train.micro_batch_size=1", *(t for t in texts if "." not in t.split("=")[0])]
-    )
+    job = _composed(*(t for t in texts if "." not in t.split("=")[0]))
     job = apply(job, parse([t for t in texts if "." in t.split("=")[0]]))
     ranks = job.launch.nproc_per_node if job.launch.nproc_per_node > 1 else max(1, smallest_world(job.parallel))
     try:

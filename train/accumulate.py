@@ -65,7 +65,7 @@ class Accumulation:
         shares_J = torch.zeros(len(tokens_J), dtype=torch.float64, device=self.device)
 
         def loss_of(logits_J: Sequence[torch.Tensor], labels_J: Sequence[torch.Tensor]) -> torch.Tensor:
-            vocabulary = self.meshes.dense["tensor"].get_group()
+            vocabulary = self.meshes.dense.get_group("tensor")
             pairs = zip(logits_J, labels_J, strict=True)
             sums_J = torch.stack([summed_cross_entropy(logits, labels, vocabulary) for logits, labels in pairs])
             losses_J = sums_J / tokens_J.clamp(min=1)

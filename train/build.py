@@ -177,7 +177,7 @@ def build_pipeline(
     return Pipeline(
         stages.by_number,
         parallel,
-        meshes.dense["pipeline"].get_group(),
+        meshes.dense.get_group("pipeline"),
         micro_batches=micro_batches(train, parallel),
         stream_BPD=torch.empty(stream_shape, dtype=compute_dtype, device="meta"),
         outputs=1 + shape.num_nextn_predict_layers,
@@ -301,7 +301,7 @@ def build_placement(
     return ExpertPlacement(
         built.names.gates,
         dict(zip(model.gates(), owners, strict=True)),
-        built.meshes.whole["shard"].get_group(),
+        built.meshes.whole.get_group("shard"),
         engine.alike,
         ranks=parallel.expert,
         nodes=len(set(nodes)),

@@ -41,7 +41,7 @@ def evaluate(
             logits = pipeline.forward(own.tokens_BS, positions_BQ=own.positions_BS, doc_ids_BS=documents)
             if logits is None:
                 continue
-        nats = summed_cross_entropy(logits, own.labels_BS, meshes.dense["tensor"].get_group())
+        nats = summed_cross_entropy(logits, own.labels_BS, meshes.dense.get_group("tensor"))
         if meshes.rank("tensor") == 0:
             totals[0] += nats
             totals[1] += valid_tokens(own.labels_BS)
