@@ -151,7 +151,7 @@ def _tell(
     """Print what was found, and the conclusion last, on a line of its own."""
     from rich.console import Console as RichConsole
 
-    from octofold.train.layout.prove import FP8_BAR, Proof
+    from octofold.train.layout.prove import FP8_BAR, FP8_GROUP_BAR, Proof
 
     console = RichConsole(highlight=False, width=None if sys.stdout.isatty() else 120)
     if config.parallel != asked.parallel:
@@ -164,8 +164,11 @@ def _tell(
             console.print(_table(proof, f"Seed {seed}: the layout against one rank, worst first"))
             said += [text for text in proof.diagnosis if text not in said]
         else:
+            kind = proof.worst_kind
             shown = f"{proof.layout:.4%} on {ranks} ranks, {proof.one_rank:.4%} on one"
-            console.print(f"Seed {seed}: gradients' error against FP64: {shown}", markup=False)
+            layout, one_rank = proof.kinds[kind]
+            worst = f"{layout:.4%} and {one_rank:.4%} of {kind}, allowed {FP8_GROUP_BAR} times"
+            console.print(f"Seed {seed}: gradients' error against FP64: {shown}; at worst {worst}", markup=False)
     for text in said:
         console.print(f"  {text}", markup=False, soft_wrap=True)
     console.print(f"{folder}/result.json", markup=False, soft_wrap=True)

@@ -19,7 +19,7 @@ from octofold.launch.verify import VerifyConfig
 from octofold.parallel.config import DENSE_DEGREES, ParallelConfig
 from octofold.train.build import draft_model
 from octofold.train.config import validate
-from octofold.train.layout.prove import FP8_BAR, TOLERANCE
+from octofold.train.layout.prove import FP8_BAR, FP8_GROUP_BAR, TOLERANCE
 from octofold.train.layout.twin import smallest_world
 
 PAGE = Path(__file__).parents[1] / "docs" / "layouts.md"
@@ -116,7 +116,8 @@ Three and more together, and with other options of `parallel`:
 
 @several
 
-FP8 in emulation: the error of the gradients against FP64 is at most @fp8 times that of FP8 on one rank.
+FP8 in emulation: the error of the gradients against FP64 is at most @fp8 times that of FP8 on one rank, and at most
+@kind times in any kind of parameters (experts, gates, norms, embedding, head, attention, feed-forward).
 
 ## What is refused
 
@@ -188,6 +189,7 @@ def page() -> str:
         "@fp64": [f"{TOLERANCE['fp64']:.0e}"],
         "@fp32": [f"{TOLERANCE['fp32']:.0e}"],
         "@fp8": [f"{FP8_BAR}"],
+        "@kind": [f"{FP8_GROUP_BAR}"],
         "@ranks": [f"{VerifyConfig().ranks}"],
     }.items():
         text = text.replace(mark, "\n".join(lines))

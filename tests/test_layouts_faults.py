@@ -52,7 +52,8 @@ def test_collectives_in_another_order_are_named(layout_root, alone, ranks, tmp_p
     assert re.search(r"rank 0 issued all_reduce\(float32\[3\]\) on second .*, rank 1 issued .* on first", told), told
 
 
-FAULTLESS = [LAYOUT, SPLIT, PIPELINE]
+FAULTLESS = [LAYOUT, SPLIT, PIPELINE, Case("context=2"), Case("data_replicate=2")]
+FAULTLESS += [Case("pipeline=2 data_shard=2 tensor=2 expert=4")]
 
 
 def accused(case: Case, seed: int, layout_root: Path, alone: Any, ranks: Any, folder: Path) -> list[str]:

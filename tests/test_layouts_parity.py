@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from layout_cases import DEFAULT, FULL, MODELS, Case, run_of
 
-from octofold.train.layout.prove import FP8_BAR, prove, prove_fp8
+from octofold.train.layout.prove import FP8_BAR, FP8_GROUP_BAR, Fp8Proof, prove, prove_fp8
 from octofold.train.precision.config import PrecisionConfig
 
 
@@ -33,8 +33,9 @@ def test_full_matrix(case, model, layout_root, alone, ranks, tmp_path):
     assert proof.holds, "\n".join([*proof.diagnosis, *map(str, proof.differences[:5])])
 
 
-IN_FP8 = ["expert=2", "tensor=2", "context=2", "data_shard=2 expert=2"]
-"""Layouts of which FP8 is measured; `ranks` of experts send their tokens in FP8."""
+IN_FP8 = ["expert=4 expert_route=two_stage", "expert=2", "tensor=2", "context=2", "pipeline=2", "data_replicate=2"]
+IN_FP8 += ["data_shard=2 expert=2", "expert=2 expert_tensor=2", "pipeline=2 data_shard=2 tensor=2 expert=4"]
+"""Layouts of which FP8 is measured; those that split experts send their tokens in FP8."""
 
 
 @pytest.mark.parametrize("degrees", [IN_FP8[0], *(pytest.param(text, marks=pytest.mark.slow) for text in IN_FP8[1:])])
@@ -42,9 +43,18 @@ def test_fp8_errs_no_more_than_on_one_rank(degrees, layout_root, ranks, tmp_path
     config, count = run_of("v3", Case(degrees), layout_root)
     precision = PrecisionConfig("fp8_block", arithmetic="emulate", block=16)
     proof = prove_fp8(replace(config, precision=precision), count, tmp_path, ranks)
-    print(f"{degrees}: {proof.layout:.4%} against FP64, {proof.one_rank:.4%} on one rank")
-    assert 0.001 < proof.one_rank < 0.5, "FP8 was on the way"
-    assert proof.holds, f"{proof.layout / proof.one_rank} above {FP8_BAR}"
+    print(f"{degrees}: {proof.layout:.4%} against FP64, {proof.one_rank:.4%} on one rank; by kind {proof.kinds}")
+    assert len(proof.kinds) == 7
+    assert all(0.001 < one_rank < 0.5 for one_rank in (proof.one_rank, *(b for _, b in proof.kinds.values())))
+    assert proof.holds, f"{proof.layout / proof.one_rank} above {FP8_BAR}, or {proof.worst_kind} above {FP8_GROUP_BAR}"
+
+
+def test_a_kind_of_parameters_has_a_bar_of_its_own():
+    """Gates summed twice would drown among all parameters."""
+    assert Fp8Proof(0.11, 0.1, {"gates": (0.14, 0.1), "head": (0.1, 0.1)}).holds
+    doubled = Fp8Proof(0.11, 0.1, {"gates": (1.1, 0.1), "head": (0.1, 0.1)})
+    assert (doubled.holds, doubled.worst_kind) == (False, "gates")
+    assert not Fp8Proof(0.13, 0.1, {"gates": (0.1, 0.1)}).holds
 
 
 @pytest.mark.slow

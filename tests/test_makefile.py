@@ -117,7 +117,10 @@ def test_a_second_call_only_does_its_work(checkout):
     executable(checkout / ".venv/bin/octofold", '#!/bin/sh\necho "octofold $*"\n')
     first, second = make(checkout, "test"), make(checkout, "test")
     assert "pip install" in first.stdout
-    assert second.stdout == "octofold: running the default test suite\npython -m pytest -n logical --maxprocesses 4 --dist loadfile\n"
+    assert (
+        second.stdout
+        == "octofold: running the default test suite\npython -m pytest -n logical --maxprocesses 4 --dist loadfile\n"
+    )
     # The test suite's environment is good enough to train in.
     assert make(checkout, "train").stdout.startswith("octofold train experiment=quickstart")
 
