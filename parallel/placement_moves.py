@@ -91,6 +91,11 @@ class ExpertPlacement:
         finally:
             self._move(before)
 
+    def begin_anew(self) -> None:
+        """Every expert in its logical slot, to be read from a checkpoint, and no loads remembered. Collective."""
+        self._move({})
+        self._loads_GE, self._steps = None, 0
+
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint's manifest."""
         return {

@@ -249,9 +249,9 @@ def run_with_gradients(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     gradients: Arrays = {}
     step, ends = trainer.engine.step, trainer.engine.ends
 
-    def recording_step() -> StepResult:
+    def recording_step(*judged: Callable[[float], bool]) -> StepResult:
         if gradients:
-            return step()
+            return step(*judged)
         if ends is not None:
             ends.sum_gradients()
         named = trainer.model.named_parameters()
@@ -259,7 +259,7 @@ def run_with_gradients(config: RunConfig, run_dir: Path) -> dict[str, Any]:
         with pytest.MonkeyPatch.context() as patch:
             if ends is not None:  # their gradients have been summed
                 patch.setattr(ends, "sum_gradients", lambda: None)
-            return step()
+            return step(*judged)
 
     trainer.engine.step = recording_step  # type: ignore[method-assign]
     assert trainer.run(StopSignals())

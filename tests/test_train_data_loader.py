@@ -1,5 +1,7 @@
 """The order of samples: a permutation each epoch, disjoint over ranks, one order for all layouts, resumable."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from octofold.backends.errors import ConfigError, UserError
 from octofold.train.data.batch import IGNORED_LABEL
 from octofold.train.data.dataset import PackedDataset
 from octofold.train.data.loader import Loader, permute, validation_batches
+from octofold.train.data.skipping import LeftOut
 
 S = 2
 
@@ -155,3 +158,59 @@ def test_validation_batches(sequences, ranks):
             assert torch.equal(labels_S, tokens_S + 1)
             counted.append(int(tokens_S[0]) // S)
     assert sorted(counted) == list(range(expected))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    ranges=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 12)), max_size=5),
+    start=st.integers(0, 60),
+    count=st.integers(1, 40),
+)
+def test_samples_are_left_out_wherever_they_lie(ranges, start, count):
+    left_out = LeftOut((first, first + size) for first, size in ranges)
+    never = {sample for first, size in ranges for sample in range(first, first + size)}
+    expected = [sample for sample in range(start, 200) if sample not in never][:count]
+    taken, end = left_out.take(start, count)
+    assert taken.tolist() == expected
+    assert expected[-1] < end == left_out.take(end, 1)[0][0] or end == expected[-1] + 1
+    assert [sample for sample in range(80) if sample in left_out] == sorted(never)
+    assert LeftOut(left_out.ranges).ranges == left_out.ranges
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_left_out_comes_no_more_on_any_layout(workers):
+    """Two steps, then the second's batch is left out: what follows is the order without it, resumed or not."""
+    whole = run(loader(40, shuffle=False), 5)
+    for ranks in (1, 2):
+        orders = []
+        for rank in range(ranks):
+            first = loader(40, rank=rank, ranks=ranks, workers=workers, shuffle=False)
+            for _ in range(2):
+                first.next_step()
+            first.load_state_dict({"samples_seen": 0})
+            first.leave_out([(8, 16)])
+            first.next_step()
+            state = json.loads(json.dumps(first.state_dict()))
+            resumed = loader(40, rank=rank, ranks=ranks, workers=workers, shuffle=False)
+            resumed.load_state_dict(state)
+            assert resumed.left_out == [(8, 16)]
+            orders.append((run(first, 2), run(resumed, 2)))
+            assert first.samples_AB.tolist() == resumed.samples_AB.tolist()
+            assert first.samples_AB.flatten().tolist() == orders[-1][0][-1], "unshuffled: a sample is its own number"
+        for going_on, resumed_order in orders:
+            assert going_on == resumed_order
+        merged = [sorted(s for order, _ in orders for s in order[step]) for step in range(2)]
+        assert merged == [sorted(whole[2]), sorted(whole[3])]
+
+
+def test_a_sample_knows_where_it_comes_from():
+    tokens, offsets = np.arange(41), np.array([0, 5, 6, 41])
+    dataset = PackedDataset(tokens, offsets, sequence_length=4, mask_documents=False, text_bytes=1)
+    choices = {"global_batch_size": 2, "micro_batch_size": 1, "data_rank": 0, "data_ranks": 1, "workers": 0}
+    unshuffled = Loader(dataset, seed=0, shuffle=False, **choices)
+    assert unshuffled.origin(1) == {"sample": 1, "packed_sample": 1, "documents": [0, 2]}
+    assert unshuffled.origin(12) == {"sample": 12, "packed_sample": 2, "documents": [2, 2]}
+    shuffled = Loader(dataset, seed=0, shuffle=True, **choices)
+    batches = shuffled.next_step()
+    for sample, batch in zip(shuffled.samples_AB.flatten().tolist(), batches, strict=True):
+        assert shuffled.origin(sample)["packed_sample"] * 4 == int(batch.tokens_BS[0, 0])

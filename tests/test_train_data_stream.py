@@ -133,6 +133,30 @@ def test_resume_by_count_alone_and_with_other_ranks(folder):
     assert [first_step[0][0], first_step[1][0], first_step[0][1], first_step[1][1]] == whole[3]
 
 
+def test_what_is_left_out_comes_no_more(folder):
+    """The second step's batch of four and half of the fourth's; resumed in the middle, on one rank or two."""
+    data = build(folder)
+    whole = [row for step in take(loader(data), 6) for row in step]
+    kept = [row for number, row in enumerate(whole) if number not in {4, 5, 6, 7, 14, 15}]
+    expected = [kept[first : first + 4] for first in range(0, 16, 4)]
+    first = loader(data)
+    first.leave_out([(14, 16), (4, 8)])
+    assert take(first, 2) == expected[:2]
+    state = json.loads(json.dumps(first.state_dict()))
+    assert state["left_out"] == [[4, 8], [14, 16]]
+    assert first.samples_seen == 12
+    resumed = loader(data)
+    resumed.load_state_dict(state)
+    assert take(resumed, 2) == expected[2:4]
+    assert resumed.samples_AB.flatten().tolist() == [18, 19, 20, 21]
+    assert resumed.origin(18) == {"sample": 18}
+    halves = [loader(data, rank=rank, ranks=2) for rank in range(2)]
+    for half in halves:
+        half.load_state_dict(state)
+    steps = [rows(half.next_step()) for half in halves]
+    assert [steps[0][0], steps[1][0], steps[0][1], steps[1][1]] == expected[2]
+
+
 def test_a_cursor_of_files_is_refused(folder):
     with pytest.raises(UserError, match="not one of a stream"):
         loader(build(folder)).load_state_dict({"samples_seen": 4})

@@ -155,7 +155,8 @@ def test_nan_on_one_rank_skips_the_update_on_all(root, ranks, tmp_path):
     warnings = [line for line in found[0]["printed"].splitlines() if line.startswith("warning:")]
     resumed = tiny_run(root, 2, train={"steps": 6}, resume=str(tmp_path), **groups)
     assert ranks(2).run(run_tasks.run, resumed, tmp_path)[0]["updates"] == 5
-    assert warnings == ["warning: step 2: gradient norm is nan; the update was skipped on every rank"]
+    where = "first in lm_head (forward), on rank 1, samples 9, 11, 13, 15"
+    assert warnings == [f"warning: step 2: gradient norm is nan: {where}; the update was skipped on every rank"]
 
 
 def test_skipped_update_leaves_everything_as_it_was(root, ranks, tmp_path):
@@ -257,6 +258,8 @@ def test_tied_head_is_saved_once_and_resumed(n, root, ranks, tmp_path):
 
 
 def test_a_run_that_only_skips_stops_on_every_rank(root, ranks, tmp_path):
-    config = tiny_run(root, 2, parallel={"expert": 2}, train={"steps": 50})
+    config = tiny_run(root, 2, parallel={"expert": 2}, train={"steps": 50, "max_anomalies": 2})
     for message in ranks(2).run(run_tasks.error_with_broken_model, config, tmp_path):
-        assert message.startswith("step 20: the gradient norm was not finite 20 times in a row")
+        assert message.startswith("step 3: 3 anomalies within 100 steps; the last of them:\n    step 1: gradient norm")
+        assert "first in lm_head (forward), on ranks 0, 1" in message
+        assert "at most train.max_anomalies=2 " in message

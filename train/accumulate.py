@@ -55,17 +55,28 @@ class Accumulation:
         counts = self.meshes.speaks and self.meshes.rank("context") == 0
         return all_reduce_sum(counted_J.to(self.device) * counts)
 
-    def run(self, batches: Sequence[Batch], tokens_J: torch.Tensor, mtp_weight: float) -> torch.Tensor:
+    def run(
+        self,
+        batches: Sequence[Batch],
+        tokens_J: torch.Tensor,
+        mtp_weight: float,
+        each_sequence: Callable[[torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
         """Gradients of this rank's share of the global mean losses; returns those shares, FP64 [J].
 
         Args:
             tokens_J: what each loss is divided by (`count`).
             mtp_weight: of the mean of the depths' losses.
+            each_sequence: on ranks that know the losses, given the sums of each micro-batch's next-token losses, [B].
         """
         shares_J = torch.zeros(len(tokens_J), dtype=torch.float64, device=self.device)
 
         def loss_of(logits_J: Sequence[torch.Tensor], labels_J: Sequence[torch.Tensor]) -> torch.Tensor:
             vocabulary = self.meshes.dense.get_group("tensor")
+            if each_sequence is not None:
+                with torch.no_grad():
+                    each = zip(logits_J[0].split(1), labels_J[0].split(1), strict=True)
+                    each_sequence(torch.stack([summed_cross_entropy(x, y, vocabulary) for x, y in each]))
             pairs = zip(logits_J, labels_J, strict=True)
             sums_J = torch.stack([summed_cross_entropy(logits, labels, vocabulary) for logits, labels in pairs])
             losses_J = sums_J / tokens_J.clamp(min=1)

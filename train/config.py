@@ -16,6 +16,8 @@ from octofold.train.precision.config import PrecisionConfig, dispatch_tile
 from octofold.train.precision.config import check as check_precision
 
 SCHEDULES = ["cosine", "wsd", "constant"]
+LEAST_SPIKE_FACTOR = 3.0
+ON_ANOMALY = ["skip", "rollback", "stop"]
 MOMENT_BITS = {"fp32": (24, 24), "bf16": (8, 8), "fp8": (4, 8)}
 """Significant bits of the two moments."""
 
@@ -66,6 +68,22 @@ class TrainConfig:
     sample_prompt: str = "def "
     sample_tokens: int = 200
     """Tokens of the sample printed at the end; 0: none."""
+    on_anomaly: str = "skip"
+    """After a step whose loss or gradient norm is not finite, or spikes, and which is never applied. skip: go on with
+    the next batch; rollback: go back to the newest valid checkpoint and leave the batch out; stop: end the run."""
+    max_anomalies: int = 20
+    """That a run survives within `anomaly_window` steps; one more ends it. An overflow that a smaller dynamic loss
+    scale may cure is none."""
+    anomaly_window: int = 100
+    spike_factor: float = 0.0
+    """A loss or gradient norm that stands above the median of the last steps by this many of their standard deviations
+    (robustly estimated) is a spike; 0: spikes are trained on. 10 raises no alarm on a healthy run."""
+    check_replicas_every: int = 0
+    """Steps between comparisons, bit for bit, of what several ranks hold copies of; 0: none. Copies that differ end the
+    run, or with on_anomaly=rollback send it back."""
+    recheck_every: int = 0
+    """Steps between those whose forward and backward passes are done twice and compared bit for bit; 0: none. What a
+    rank computes otherwise the second time is an error of its device."""
     log_communication: bool = True
     """Count and time collectives into the metrics."""
     wandb: bool = False
@@ -143,6 +161,7 @@ def validate(config: RunConfig, world_size: int) -> RunConfig:
         moments = "bf16" if config.precision.is_fp8 else "fp32"
         config = replace(config, optim=replace(config.optim, moments=moments))
     _check_moments(config.optim, config.precision)
+    _check_anomalies(config.train)
     _check_batch(config.train, config.parallel)
     _check_reduction(config)
     _check_experts(config)
@@ -189,6 +208,10 @@ def _check_counts(config: RunConfig) -> None:
         "train.eval_sequences": 1,
         "train.final_eval_sequences": 1,
         "train.sample_tokens": 0,
+        "train.max_anomalies": 0,
+        "train.anomaly_window": 1,
+        "train.check_replicas_every": 0,
+        "train.recheck_every": 0,
         "checkpoint.every_steps": 1,
         "checkpoint.keep": 0,
         "checkpoint.keep_every_steps": 0,
@@ -200,6 +223,16 @@ def _check_counts(config: RunConfig) -> None:
         value = getattr(getattr(config, group), name)
         if value < least:
             raise ConfigError(key, value, f"must be at least {least}", f"{key}={least} or more")
+
+
+def _check_anomalies(train: TrainConfig) -> None:
+    if train.on_anomaly not in ON_ANOMALY:
+        raise unknown_name_error("train.on_anomaly", train.on_anomaly, ON_ANOMALY)
+    check_finite("train.spike_factor", train.spike_factor, least=0.0)
+    if 0 < train.spike_factor < LEAST_SPIKE_FACTOR:
+        rule = f"one step in a hundred of a healthy run stands {LEAST_SPIKE_FACTOR:g} deviations above the others"
+        remedy = f"train.spike_factor=10, {LEAST_SPIKE_FACTOR:g} at the least, or 0 for none"
+        raise ConfigError("train.spike_factor", train.spike_factor, rule, remedy)
 
 
 def _check_batch(train: TrainConfig, parallel: ParallelConfig) -> None:

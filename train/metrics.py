@@ -7,6 +7,8 @@ A record is a flat dict with `kind` and `step`; its fields by kind (losses in na
                 precision_health, communication, sent_bytes, network_bytes, dropped_tokens, imbalance, unused_experts,
                 balance, expert_load
     validation  loss, loss_per_byte, tokens
+    anomaly     what, number, value, usual, cause, ranks, layer, direction, samples, origins, account, action, to_step,
+                left_out
     final       validation_loss, validation_loss_per_byte, baselines (nats/byte by name), sample, train_s
 
 Fields of `train` that need a word:
@@ -46,6 +48,22 @@ Fields of `train` that need a word:
     expert_load     dict from layer to the experts' shares of the load, which sum to 1
 
 The last four are absent where no layer has experts.
+
+Fields of `anomaly`, a step that was not applied or copies that differ (docs/faults.md):
+
+    what            not_finite, spike, recheck (two passes differ) or replicas (copies differ)
+    number, value   what is wrong with a step: loss or gradient norm, and what it is; `usual`: what a spike stands above
+    cause           weights, data or model, data or weights, device, replicas
+    ranks, layer, direction
+                    where it first went wrong, forward or backward; null or empty where that could not be told
+    samples         global samples that carried it; `origins`: of the first of them, where they come from: number in
+                    the packed split, first and last document there
+    account         all of it in a sentence
+    action          skipped, rolled_back (to the checkpoint of `to_step`, and the global samples from the first number
+                    of `left_out` to below the second are never given out again) or stopped
+
+A run that has gone back has its later records removed but for those of kind `anomaly`, which come before what is
+trained again.
 
 JSON has no NaN or infinity. Such a value is written as `null` and named in the record's `non_finite` field, a dict from
 its path (`loss`, `expert_load/3/0`) to `nan`, `inf` or `-inf`; `read_metrics` puts it back.
@@ -116,7 +134,7 @@ class MetricsWriter:
                 _set_aside(path)
             else:
                 _keep_until(run_dir, resumed_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("a", encoding="utf-8")
 
     def log(self, record: dict[str, Any]) -> None:
         """Write one record of plain values; it is in the operating system's hands when this returns.
@@ -130,6 +148,12 @@ class MetricsWriter:
             scalars, texts = _flatten(record)
             for sink in self._sinks:
                 sink.log(record["step"], scalars, texts)
+
+    def rewind(self, step: int) -> None:
+        """The run has gone back to `step`: remove later records; sinks are told again of what is trained again."""
+        self._file.close()
+        _keep_until(self._path.parent, step)
+        self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         """Close the file and the sinks; may be called twice."""
@@ -228,8 +252,12 @@ def _set_aside(path: Path) -> None:
 
 
 def _keep_until(run_dir: Path, step: int) -> None:
-    """Rewrite the file without later steps and torn lines; a crash leaves the old file or the new one."""
-    kept = [record for record in read_metrics(run_dir) if record["step"] <= step]
+    """Rewrite the file without later steps and torn lines; a crash leaves the old file or the new one.
+
+    An anomaly after which the run went back stays: its batch does not come again.
+    """
+    records = read_metrics(run_dir)
+    kept = [record for record in records if record["step"] <= step or record.get("action") == "rolled_back"]
     path = run_dir / METRICS_FILE
     draft = path.with_suffix(".tmp")
     with draft.open("w", encoding="utf-8") as file:
@@ -248,6 +276,8 @@ def _flatten(record: dict[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
     scalars: dict[str, float] = {}
     texts: dict[str, str] = {}
     kind = record["kind"]
+    if kind == "anomaly":
+        return {}, {"anomaly": f"step {record['step']}: {record['account']}; {record['action']}"}
     for kind_of_tensor, of_modules in record.get("precision_health", {}).items():
         for module, metrics in of_modules.items():
             scalars |= {f"{kind_of_tensor}_{metric}/{module}": value for metric, value in metrics.items()}

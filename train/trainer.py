@@ -1,9 +1,9 @@
 """The loop: fetch a global batch, forward and backward, step, balance, report, evaluate, save."""
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 
 from octofold.backends.accounting import Accounting
 from octofold.backends.collectives import all_reduce_sum
-from octofold.backends.errors import UserError
 from octofold.backends.hierarchical import sums_taken
 from octofold.backends.observing import observed
 from octofold.backends.topology import Topology
@@ -20,6 +19,9 @@ from octofold.parallel.mesh import Meshes
 from octofold.parallel.pipeline import Pipeline
 from octofold.parallel.placement_moves import ExpertPlacement
 from octofold.train.accumulate import Accumulation
+from octofold.train.anomaly.guard import Guard
+from octofold.train.anomaly.replicas import Replicas
+from octofold.train.anomaly.respond import respond
 from octofold.train.build import Names
 from octofold.train.checkpoint.folders import Folder
 from octofold.train.checkpoint.manager import Checkpointer
@@ -43,11 +45,6 @@ from octofold.train.precision.watch import Health, Watch
 from octofold.train.reporting import Interval, load_record, step_metrics
 from octofold.train.sampling import generate
 from octofold.train.stop import StopSignals
-
-MAX_SKIPPED_IN_ROW = 20
-"""Updates skipped one after the other before a run stops. Not counted is one that a smaller loss scale may cure: its
-losses are finite and the scale is above its least. So broken weights, whose losses are not finite, end a run after as
-many steps at any scale, while a scale that is far too large has the time that it takes to shrink."""
 
 
 @dataclass
@@ -114,7 +111,17 @@ class Trainer:
         )
         self.progress = Progress()
         self.saved_step: int | None = None
-        self._skipped_in_row = 0
+        self.guard = Guard(
+            config.train,
+            model,
+            engine,
+            parameters=names.parameters,
+            stages=1 if pipeline is None else len(pipeline.ranks),
+            sum_losses=lambda shares_J: self._sum(shares_J)[0],
+            rank=rank,
+            device=device,
+        )
+        self.replicas = Replicas(engine, self._counts, device)
         self._rank_imbalance = 1.0
         self._health: Health | None = None
 
@@ -128,8 +135,12 @@ class Trainer:
         ):
             going_on = True
             while going_on and self.progress.step < train.steps:
+                before = self.progress.step
                 with nullcontext() if self.interval.accounting is None else observed(self.interval.accounting):
                     going_on = self.step(stop, bar)
+                self._check_replicas(last=not going_on)
+                if self.progress.step <= before:  # gone back
+                    continue
                 if self.progress.step == train.steps or not going_on:
                     break
                 if train.eval_every and self.progress.step % train.eval_every == 0:
@@ -142,30 +153,40 @@ class Trainer:
 
     def step(self, stop: StopSignals, bar: RunProgress) -> bool:
         """One attempted update; False: some rank has been asked to stop."""
+        began = self.loader.samples_seen
         batches = self.loader.next_step()
         tokens_J = self.accumulation.count(batches)
         schedule = self._schedule()
         self.watch.begin(self.progress.step + 1)
-        shares_J = self._accumulate(batches, tokens_J, schedule)
+        run = partial(self._accumulate, batches, tokens_J, schedule)
+        shares_J = self.guard.accumulate(self.progress.step + 1, run, self.loader.samples_AB.tolist())
         self._health = self.watch.collect() or self._health
-        result = self.engine.step()
+        asked = shares_J.new_tensor(stop.wishes())
+        losses, others = self._sum(shares_J, torch.cat([asked, take_traffic(self.model).to(shares_J)]))
+        asked, sent = others[: len(asked)], others[len(asked) :]
+        result = self.engine.step(partial(self.guard.allows, losses))
         roll_histories(self.model, self.names.delayed)
         loads_GE = self._balance(result, schedule)
         self.progress.step += 1
         self.progress.tokens_seen += int(tokens_J[0])
         moved = self._place(loads_GE)
-        balance_sums = take_loss_sums(list(self.gates.values())).to(shares_J)
-        wishes = shares_J.new_tensor(stop.wishes())
-        sent = take_traffic(self.model).to(shares_J)
-        ended = all_reduce_sum(torch.cat([shares_J, balance_sums, wishes, sent]))
-        summed_J, summed_balance, wishes, sent = ended.split([len(shares_J), len(balance_sums), len(wishes), len(sent)])
         self.interval.add(tokens=int(tokens_J[0]), traffic=sent, moved_experts=moved)
-        losses = self._losses(summed_J.tolist(), summed_balance.tolist())
-        self._count_skipped(losses, result)
         is_last = self.progress.step == self.config.train.steps
         if self.progress.step % self.config.train.log_every == 0 or is_last or not result.applied:
             self._report(bar, losses, result, loads_GE)
-        return not stop.agree(wishes.tolist())
+        if self.guard.anomaly is not None:
+            respond(self, self.guard.anomaly, (began, self.loader.samples_seen), self._shrunk(result))
+        elif not result.applied:
+            said = f"gradient norm is {result.grad_norm}; the update was skipped on every rank{self._shrunk(result)}"
+            self.console.warn(f"step {self.progress.step}: {said}")
+        return not stop.agree(asked.tolist())
+
+    def _sum(self, shares_J: torch.Tensor, others: torch.Tensor | None = None) -> tuple[dict[str, Any], torch.Tensor]:
+        """The losses by name from all ranks' shares, and the sums of other FP64 numbers. Collective."""
+        balance_sums = take_loss_sums(list(self.gates.values())).to(shares_J)
+        parts = [shares_J, balance_sums, shares_J.new_empty(0) if others is None else others]
+        summed_J, summed_balance, others = all_reduce_sum(torch.cat(parts)).split([len(part) for part in parts])
+        return self._losses(summed_J.tolist(), summed_balance.tolist()), others
 
     def _schedule(self) -> Schedule:
         """What holds for the next update."""
@@ -175,13 +196,19 @@ class Trainer:
             bias_update_rate=model.balance.bias_update_rate if done < model.balance.bias_update_until else 0.0,
         )
 
-    def _accumulate(self, batches: list[Batch], tokens_J: torch.Tensor, schedule: Schedule) -> torch.Tensor:
+    def _accumulate(
+        self,
+        batches: list[Batch],
+        tokens_J: torch.Tensor,
+        schedule: Schedule,
+        each_sequence: Callable[[torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
         """Gradients of this rank's share of the global mean losses; returns those shares, FP64 [J]."""
         set_loss_scale(self.model, self.engine.scaler.scale)
         take_traffic(self.model)  # an evaluation's do not count
         for gate in self.gates.values():
             gate.loss_scale.fill_(self.engine.scaler.scale / self.config.train.global_batch_size)
-        return self.accumulation.run(batches, tokens_J, schedule.mtp_weight)
+        return self.accumulation.run(batches, tokens_J, schedule.mtp_weight, each_sequence)
 
     def _balance(self, result: StepResult, schedule: Schedule) -> torch.Tensor | None:
         """Sum the loads of all ranks; move the biases after an applied update."""
@@ -248,26 +275,26 @@ class Trainer:
         self.log(record)
         bar.update(record)
 
-    def _count_skipped(self, losses: dict[str, Any], result: StepResult) -> None:
-        """Warn of a skipped update; stop a run that does nothing else."""
-        step, scaler = self.progress.step, self.engine.scaler
-        if result.applied:
-            self._skipped_in_row = 0
-            return
-        total = sum(value if isinstance(value, float) else sum(value) for value in losses.values())
-        if result.loss_scale <= scaler.floor or not math.isfinite(total):
-            self._skipped_in_row += 1
-        if self._skipped_in_row == MAX_SKIPPED_IN_ROW:
-            # Every rank sees the same norm, so all stop here; the good checkpoints are not retired by broken ones.
-            lower = "optim.lr or precision.loss_scale.init" if result.loss_scale > 1 else "optim.lr"
-            raise UserError(
-                f"step {step}: the gradient norm was not finite {MAX_SKIPPED_IN_ROW} times in a row\n"
-                "  rule:   a batch may be skipped; a run that only skips has broken weights\n"
-                f"  remedy: resume from an earlier checkpoint (last: {self.last_checkpoint}) with a lower {lower}"
-            )
-        shrunk = f"; the loss scale is now {scaler.scale:g}" if scaler.scale != result.loss_scale else ""
-        skipped = "the update was skipped on every rank"
-        self.console.warn(f"step {step}: gradient norm is {result.grad_norm}; {skipped}{shrunk}")
+    def _shrunk(self, result: StepResult) -> str:
+        scale = self.engine.scaler.scale
+        return f"; the loss scale is now {scale:g}" if scale != result.loss_scale else ""
+
+    def _check_replicas(self, *, last: bool) -> None:
+        """Compare copies when it is time, and before every save, so that what a run goes back to is sound."""
+        train, step = self.config.train, self.progress.step
+        saves = step % self.config.checkpoint.every_steps == 0 or step == train.steps or last
+        if train.check_replicas_every and (step % train.check_replicas_every == 0 or saves):
+            with self.interval.paused():
+                anomaly = self.replicas.check()
+                if anomaly is not None:
+                    respond(self, anomaly, None)
+
+    def _counts(self) -> dict[str, Any]:
+        """What decides the next step beside tensors, alike on every rank."""
+        loader = {"samples_seen": self.loader.samples_seen, "left_out": self.loader.left_out}
+        progress = {"step": self.progress.step, "tokens_seen": self.progress.tokens_seen}
+        engine = {"updates": self.engine.updates, "loss_scale": self.engine.scaler.state_dict()}
+        return {**progress, **engine, "loader": loader, "guard": self.guard.state_dict()}
 
     def validate(self, sequences: int) -> dict[str, Any] | None:
         """Loss on the first `sequences` of the validation split, logged and shown; None where there is no split."""
@@ -350,6 +377,7 @@ class Trainer:
             "loss_scale": self.engine.scaler.state_dict(),
             "loader": self.loader.state_dict(),
             "tokens_seen": self.progress.tokens_seen,
+            "anomalies": self.guard.state_dict(),
             **self.progress.origin,
         }
         if self.placement is not None:
@@ -358,11 +386,14 @@ class Trainer:
 
     def load(self, where: Path | str | Folder) -> Folder:
         """Continue from the newest valid checkpoint of a place (`Checkpointer.load`), which is returned."""
+        if self.placement is not None:
+            self.placement.begin_anew()
         loaded = self.checkpointer.load(where, self.engine.tensors())
         state = loaded.state
         origin: dict[str, Any] = {k: v for k, v in state.items() if k in ("imported_from", "scale_fmt", "block")}
         self.progress = Progress(state["step"], state["tokens_seen"], origin)
         self.engine.restore(state["updates"], state.get("loss_scale"))
+        self.guard.load_state_dict(state.get("anomalies", {}))
         if self.placement is not None and "placement" in state:
             self.placement.load_state_dict(state["placement"])
         forget_weights(self.model)

@@ -181,6 +181,20 @@ class Checkpointer:
                 self._warn(f"{Skipped(folder, str(error))}; the next older checkpoint is tried")
         raise nothing_valid(where, skipped)
 
+    def trained(self, up_to: int) -> list[Folder]:
+        """The run's valid checkpoints that training can go back to, newest first, none of a later step.
+
+        By the cheap check: loading one tells whether every byte is right.
+        """
+        self._finish()
+
+        def look() -> list[Folder]:
+            found, _ = candidates(self.place)
+            states = [(folder, manifest.state) for folder, manifest in found]
+            return [folder for folder, state in states if not state.get("weights_only") and state["step"] <= up_to]
+
+        return Ranks(self._group()).first(look)
+
     def close(self) -> None:
         """Let the save under way end, without a word of how. Not collective."""
         if self._save is not None and (thread := _saving.get(host_group(TIMEOUT))) is not None:

@@ -48,3 +48,9 @@ class PackedDataset:
         places_BT = starts_B[:, None] + np.arange(self.sequence_length + 1)
         documents_BT = np.searchsorted(self.doc_offsets, places_BT, side="right") - 1
         return make_batch(np.asarray(self.tokens[places_BT]), documents_BT, mask_documents=self.mask_documents)
+
+    def documents(self, index: int) -> list[int]:
+        """The numbers in the split of the first and the last document of a sample."""
+        first = index * self.sequence_length
+        places = np.array([first, first + self.sequence_length - 1])
+        return (np.searchsorted(self.doc_offsets, places, side="right") - 1).tolist()

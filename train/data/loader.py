@@ -1,8 +1,10 @@
 """Which samples a rank takes at each step: an order fixed by the seed alone, whatever ranks and workers there are."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +12,7 @@ import torch
 from octofold.backends.errors import ConfigError, UserError
 from octofold.train.data.batch import IGNORED_LABEL, Batch
 from octofold.train.data.dataset import PackedDataset
+from octofold.train.data.skipping import LeftOut
 
 _FEISTEL_ROUNDS = 8
 _STEPS_AHEAD = 2
@@ -65,12 +68,24 @@ def micro_batches_per_step(*, global_batch_size: int, micro_batch_size: int, dat
     return global_batch_size // share
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A step to come."""
+
+    samples_AB: np.ndarray
+    """Global samples of this rank's micro-batches."""
+    end: int
+    """The cursor after the step."""
+    batches: list[Future[Batch]]
+
+
 class Loader:
     """Micro-batches of one data rank, step after step, for ever.
 
-    Global sample g of the run is sample `permute(g % N)` of epoch `g // N`. Micro-batch m of rank r takes the global
-    samples `step_start + (m*data_ranks + r)*micro_batch_size + [0, micro_batch_size)`: ranks are disjoint, and a
-    step's samples are the same set for any number of ranks.
+    Global sample g of the run is sample `permute(g % N)` of epoch `g // N`. A step takes the next global samples that
+    are not left out; of these, micro-batch m of rank r takes `(m*data_ranks + r)*micro_batch_size + [0,
+    micro_batch_size)`: ranks are disjoint, and a step's samples are the same set for any number of ranks.
+    A micro-batches a step, B sequences in each.
     """
 
     def __init__(
@@ -103,34 +118,56 @@ class Loader:
         self._global, self._micro = global_batch_size, micro_batch_size
         self._rank, self._ranks = data_rank, data_ranks
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="octofold-data") if workers else None
-        self._ahead: deque[list[Future[Batch]]] = deque()
+        self._ahead: deque[_Step] = deque()
         self._samples_seen = samples_seen
+        self._left_out = LeftOut()
+        self.samples_AB = np.empty((0, micro_batch_size), dtype=np.int64)
+        """Global samples of the step last given out: those of this rank."""
 
     @property
     def samples_seen(self) -> int:
-        """Sequences that all ranks together have been given."""
+        """The global sample at which the next step begins: so many has the run passed, those left out included."""
         return self._samples_seen
+
+    @property
+    def left_out(self) -> list[tuple[int, int]]:
+        """Ranges of global samples that are not given out: each the first, and the one behind the last."""
+        return self._left_out.ranges
+
+    def leave_out(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Never give out these global samples (again)."""
+        self._cancel()
+        for first, end in ranges:
+            self._left_out.add(first, end)
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next global batch."""
         if self._pool is None:
-            batches = [self._dataset.batch(indices) for indices in self._step_indices(self._samples_seen)]
-        else:
-            while len(self._ahead) <= _STEPS_AHEAD:
-                start = self._samples_seen + len(self._ahead) * self._global
-                self._ahead.append([self._pool.submit(self._dataset.batch, i) for i in self._step_indices(start)])
-            batches = [future.result() for future in self._ahead.popleft()]
-        self._samples_seen += self._global
-        return batches
+            self.samples_AB, self._samples_seen = self._step_samples(self._samples_seen)
+            return [self._dataset.batch(indices) for indices in self._indices(self.samples_AB)]
+        while len(self._ahead) <= _STEPS_AHEAD:
+            samples_AB, end = self._step_samples(self._ahead[-1].end if self._ahead else self._samples_seen)
+            batches = [self._pool.submit(self._dataset.batch, indices) for indices in self._indices(samples_AB)]
+            self._ahead.append(_Step(samples_AB, end, batches))
+        step = self._ahead.popleft()
+        self.samples_AB, self._samples_seen = step.samples_AB, step.end
+        return [future.result() for future in step.batches]
+
+    def origin(self, sample: int) -> dict[str, Any]:
+        """Where a global sample comes from: its number in the packed split, and its first and last document's."""
+        index = int(self._indices(np.array([[sample]]))[0][0])
+        return {"sample": sample, "packed_sample": index, "documents": self._dataset.documents(index)}
 
     def state_dict(self) -> dict:
-        """The cursor, for a checkpoint (JSON)."""
-        return {"samples_seen": self._samples_seen}
+        """The cursor, and what is left out, for a checkpoint (JSON)."""
+        left_out = {"left_out": [list(pair) for pair in self.left_out]} if self.left_out else {}
+        return {"samples_seen": self._samples_seen, **left_out}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from a saved cursor; batch sizes and ranks may differ from those that saved it."""
         self._cancel()
         self._samples_seen = state["samples_seen"]
+        self._left_out = LeftOut(state.get("left_out", []))
 
     def close(self) -> None:
         """Stop the workers."""
@@ -139,18 +176,21 @@ class Loader:
             self._pool.shutdown()
 
     def _cancel(self) -> None:
-        for future in (future for step in self._ahead for future in step):
+        for future in (future for step in self._ahead for future in step.batches):
             future.cancel()
         self._ahead.clear()
 
-    def _step_indices(self, step_start: int) -> list[np.ndarray]:
-        """Sample indices of each micro-batch of the step that begins at this global sample."""
-        micros = np.arange(self._accumulation)[:, None] * self._ranks + self._rank
-        samples = step_start + micros * self._micro + np.arange(self._micro)
+    def _step_samples(self, start: int) -> tuple[np.ndarray, int]:
+        """Global samples of this rank in the step that begins at `start`, int64 [A, B], and where the next begins."""
+        samples, end = self._left_out.take(start, self._global)
+        return samples.reshape(self._accumulation, self._ranks, self._micro)[:, self._rank], end
+
+    def _indices(self, samples_AB: np.ndarray) -> list[np.ndarray]:
+        """Their numbers in the packed split, by micro-batch."""
         if not self._shuffle:
-            return list(samples % len(self._dataset))
-        epochs, positions = np.divmod(samples, len(self._dataset))
-        indices = np.empty_like(samples)
+            return list(samples_AB % len(self._dataset))
+        epochs, positions = np.divmod(samples_AB, len(self._dataset))
+        indices = np.empty_like(samples_AB)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             indices[chosen] = permute(positions[chosen], len(self._dataset), seed=self._seed, epoch=int(epoch))

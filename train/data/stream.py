@@ -5,7 +5,8 @@ Shape suffixes: B sequences, T = S + 1 stored tokens of a sequence.
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from octofold.train.data.config import DataConfig
 from octofold.train.data.corrupt import CorruptReport
 from octofold.train.data.dataset import PackedDataset
 from octofold.train.data.loader import micro_batches_per_step
+from octofold.train.data.skipping import LeftOut
 from octofold.train.data.sources import accept, missing_key_reason
 from octofold.train.data.split import document_key, plan_split
 from octofold.train.data.tokenizer import Tokenizer
@@ -152,16 +154,33 @@ class StreamLoader:
         )
         self._documents, self._tokenizer = documents, tokenizer
         self._sequence_length, self._mask_documents = sequence_length, mask_documents
-        self._global, self._micro, self._rank, self._ranks = global_batch_size, micro_batch_size, data_rank, data_ranks
+        self._micro, self._rank, self._ranks = micro_batch_size, data_rank, data_ranks
         self._load(documents.state_dict(), tokens=[], doc_ids=[], skip=0)
         for _ in range(samples_seen):
             self._next_sequence()
         self._samples_seen = samples_seen
+        self._left_out = LeftOut()
+        self.samples_AB = np.empty((0, micro_batch_size), dtype=np.int64)
+        """See `Loader`."""
 
     @property
     def samples_seen(self) -> int:
-        """Sequences that all ranks together have been given."""
+        """See `Loader`."""
         return self._samples_seen
+
+    @property
+    def left_out(self) -> list[tuple[int, int]]:
+        """See `Loader`."""
+        return self._left_out.ranges
+
+    def leave_out(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """See `Loader`."""
+        for first, end in ranges:
+            self._left_out.add(first, end)
+
+    def origin(self, sample: int) -> dict[str, Any]:
+        """Where a global sample comes from: a stream knows its place alone."""
+        return {"sample": sample}
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next global batch.
@@ -169,12 +188,13 @@ class StreamLoader:
         Raises:
             UserError: the stream cannot be read, or holds no training document.
         """
-        batches = []
+        batches, samples = [], []
         for _ in range(self._accumulation):
-            share = [self._next_sequence() for _ in range(self._ranks * self._micro)]
-            tokens, doc_ids = zip(*share[self._rank * self._micro : (self._rank + 1) * self._micro], strict=True)
+            share = [self._next_sample() for _ in range(self._ranks * self._micro)]
+            own, tokens, doc_ids = zip(*share[self._rank * self._micro : (self._rank + 1) * self._micro], strict=True)
             batches.append(make_batch(np.stack(tokens), np.stack(doc_ids), mask_documents=self._mask_documents))
-        self._samples_seen += self._global
+            samples.append(own)
+        self.samples_AB = np.array(samples, dtype=np.int64)
         return batches
 
     def state_dict(self) -> dict:
@@ -182,7 +202,8 @@ class StreamLoader:
 
         It holds less than one sequence of tokens, however long a document is.
         """
-        return {"samples_seen": self._samples_seen, "sequences_to_skip": self._cut, **self._refill}
+        left_out = {"left_out": [list(pair) for pair in self.left_out]} if self.left_out else {}
+        return {"samples_seen": self._samples_seen, "sequences_to_skip": self._cut, **left_out, **self._refill}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue exactly behind the sequences that the saving loader gave out; ranks may differ.
@@ -194,6 +215,7 @@ class StreamLoader:
             raise UserError("the checkpoint's data cursor is not one of a stream; resume with the data.source it had")
         self._load(state["documents"], state["tokens"], state["doc_ids"], skip=state["sequences_to_skip"])
         self._samples_seen = state["samples_seen"]
+        self._left_out = LeftOut(state.get("left_out", []))
 
     def close(self) -> None:
         """Nothing to stop; for symmetry with `Loader`."""
@@ -211,6 +233,14 @@ class StreamLoader:
         documents = self._documents.state_dict()
         self._refill = {"documents": documents, "tokens": self._tokens.tolist(), "doc_ids": doc_ids.tolist()}
         self._cut = 0
+
+    def _next_sample(self) -> tuple[int, np.ndarray, np.ndarray]:
+        """The next global sample that is not left out, its tokens [T] and document numbers [T]."""
+        while True:
+            sample, sequence = self._samples_seen, self._next_sequence()
+            self._samples_seen += 1
+            if sample not in self._left_out:
+                return sample, *sequence
 
     def _next_sequence(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [T] and document numbers [T] of the next sequence."""

@@ -42,7 +42,7 @@ class StepResult:
     """Of the true gradients, before clipping, over the whole model."""
     lr: float
     applied: bool
-    """False: the norm was not finite, and every rank skipped the update."""
+    """False: every rank skipped the update, since the norm was not finite or a judge was against it."""
     loss_scale: float
     """What the loss was multiplied by, and the gradients divided by."""
 
@@ -90,6 +90,10 @@ class NativeEngine:
         self.ends = ends
         self._copied = None if ends is None else ends.copied
         self.updates = 0
+        self.keep_squares = False
+        """Whether `squares` is kept."""
+        self.squares: dict[torch.Tensor, torch.Tensor] = {}
+        """Parameter -> this rank's part of the square of its gradient's norm as last measured, scaled; FP64 scalars."""
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Accumulate the gradients of one micro-batch, times the loss scale; `last`: of the step.
@@ -100,31 +104,42 @@ class NativeEngine:
         begin_backward(self.model, self.parallel, last=last)
         (loss * self.scaler.scale).backward()
 
-    def step(self) -> StepResult:
+    def measure(self) -> float:
+        """Sum up what makes a gradient, once a step; the norm of the true gradients, equal on every rank."""
+        if self.ends is not None:
+            self.ends.sum_gradients()
+        named = [(p, p.grad) for p in self.model.parameters() if p.grad is not None and p is not self._copied]
+        squares: list[torch.Tensor] | None = [] if self.keep_squares else None
+        norm = float(global_norm((grad for _, grad in named), squares)) / self.scaler.scale
+        self.squares = dict(zip((p for p, _ in named), squares, strict=True)) if squares is not None else {}
+        return norm
+
+    def step(self, allows: Callable[[float], bool] = math.isfinite) -> StepResult:
         """Unscale, clip by the global norm, update, clear the gradients. Every rank takes the same decision.
 
         The norm is one sum over the world, so a gradient that is not finite on one rank skips the update on all.
+
+        Args:
+            allows: given the norm, whether the update is applied; alike on every rank.
         """
-        if self.ends is not None:
-            self.ends.sum_gradients()
-        gradients = {p: p.grad for p in self.model.parameters() if p.grad is not None}
-        scale = self.scaler.scale
-        grad_norm = float(global_norm(grad for p, grad in gradients.items() if p is not self._copied)) / scale
+        scale, grad_norm = self.scaler.scale, self.measure()
         lr = self.learning_rate(self.updates)
-        applied = math.isfinite(grad_norm)
+        applied = allows(grad_norm)
         if applied:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             bound = self.clip_norm or math.inf
             # One multiplication does both: a gradient in BF16 is rounded once.
             factor = (bound / grad_norm if grad_norm > bound else 1.0) / scale
             if factor != 1:
-                for gradient in gradients.values():
+                for gradient in gradients:
                     gradient.mul_(factor)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
             self.updates += 1
         self.optimizer.zero_grad()
-        self.scaler.update(applied=applied)
+        if applied or not math.isfinite(grad_norm):
+            self.scaler.update(applied=applied)
         return StepResult(grad_norm, lr, applied, scale)
 
     def alike(self, parameter: nn.Parameter) -> list[torch.Tensor]:

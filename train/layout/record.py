@@ -1,8 +1,9 @@
 """A short run on this rank with everything that a layout must not change written down. Collective."""
 
 import logging
+import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ class _Witness(RunProgress):
         self._facts["own_tokens"] = sum(valid_tokens(batch.labels_BS) for batch in batches)
         return batches
 
-    def _update(self) -> StepResult:
+    def _update(self, allows: Callable[[float], bool] = math.isfinite) -> StepResult:
         engine, model = self._trainer.engine, self._trainer.model
         ends = engine.ends
         if ends is not None:  # the last of the sums that make a gradient, which the engine would do first
@@ -128,6 +129,6 @@ class _Witness(RunProgress):
         self._facts["loads"] = {n: gate.load_E.cpu().numpy().copy() for n, gate in self._trainer.gates.items()}
         engine.ends = None
         try:
-            return self._engine_step()
+            return self._engine_step(allows)
         finally:
             engine.ends = ends

@@ -14,6 +14,7 @@ SHOWN = 3
 STATE = {
     "loader": ("data cursor", "samples would be repeated or left out"),
     "loss_scale": ("loss scale", "it would be found again by overflows"),
+    "anomalies": ("memory of anomalies", "spikes would be judged by other steps, and the bound would begin anew"),
     "placement": ("expert placement", "experts stand on other ranks than before, or the loads that move them are lost"),
     "updates": ("applied updates", "the schedules of learning rate and biases go by them"),
     "tokens_seen": ("tokens seen", "the account of tokens is wrong"),

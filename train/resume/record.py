@@ -5,6 +5,7 @@ What is compared between runs is written down where a step passes by: at the loa
 
 import hashlib
 import logging
+import math
 import os
 import signal
 import time
@@ -120,9 +121,9 @@ def _digest(*parts: torch.Tensor) -> int:
 def _arrange_death(trainer: Trainer, run_dir: Path, stand_at: int, kill_at: int) -> None:
     update = trainer.engine.step
 
-    def die_or_update() -> StepResult:
+    def die_or_update(allows: Callable[[float], bool] = math.isfinite) -> StepResult:
         if trainer.progress.step + 1 != kill_at:
-            return update()
+            return update(allows)
         deadline_s = time.monotonic() + PUBLISHING_S
         while stand_at not in valid_checkpoints(checkpoints_of(run_dir))[0]:
             assert time.monotonic() < deadline_s, f"no checkpoint of step {stand_at} after {PUBLISHING_S:g} s"
