@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from octofold.backends import observing
 from octofold.backends.accounting import Accounting, over_ranks
 from octofold.backends.collectives import (
     all_gather_bytes,
@@ -130,6 +132,19 @@ def lone_messages() -> Seen:
         dist.send(x, 1) if rank == 0 else dist.recv(x, 0)
 
     return seen_of(act)
+
+
+def works_left(most: int, messages: int) -> tuple[int, int, int]:
+    """How many works are kept before and after they are waited for, and how many of them were timed."""
+    rank = dist.get_rank()
+    with patch.object(observing, "MOST_UNWAITED", most), observed(seen := Seen()):
+        works = [dist.isend(torch.ones(5), 1) if rank == 0 else dist.irecv(torch.empty(5), 0) for _ in range(messages)]
+        kept = len(observing._unwaited)
+        for work in works:
+            assert work is not None
+            work.wait()
+    assert len(seen.calls) == messages
+    return kept, len(observing._unwaited), len(seen.durations_s)
 
 
 def routes_of(config: RunConfig) -> set[str]:

@@ -37,6 +37,8 @@ REFUSED = [
     "parallel.expert=2 parallel.expert_route=rings",
     "parallel.expert=2 parallel.expert_route=two_stage parallel.expert_capacity=1.25",
     "parallel.expert=2 parallel.expert_tensor=2 parallel.expert_route=deepep",
+    "parallel.expert=2 parallel.expert_route=deepep precision=fp64",
+    "parallel.expert=2 parallel.expert_route=deepep precision=fp8_block precision.block=64",
     "parallel.recompute=some",
     "parallel.compile=true parallel.recompute=selective",
     "parallel.data_shard=2 parallel.placement_every=100",

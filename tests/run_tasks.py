@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from octofold.backends import observing
 from octofold.backends.config import BackendConfig
 from octofold.backends.errors import UserError
 from octofold.backends.process_group import RankInfo, joined
@@ -268,10 +269,11 @@ def run_with_gradients(config: RunConfig, run_dir: Path) -> dict[str, Any]:
 
 def record_calls(config: RunConfig, run_dir: Path) -> list[Record]:
     """Every collective of this rank while it trains."""
-    trainer = build(config, run_dir)
+    trainer, unwaited = build(config, run_dir), len(observing._unwaited)
     with recorded() as records:
         assert trainer.run(StopSignals())
     outcome(trainer, run_dir)
+    assert len(observing._unwaited) == unwaited, "every work has been waited for"
     return records
 
 

@@ -45,3 +45,9 @@ def test_an_exchange_has_its_groups_name_and_takes_as_long_as_the_slowest_rank(r
 def test_nothing_is_told_afterwards(ranks):
     for seen in ranks(2).run(collective_tasks.after_observing):
         assert seen.calls == [("world", "all_reduce")]
+
+
+def test_works_are_kept_until_they_are_waited_for_and_no_more_than_so_many(ranks):
+    """Beyond that they work as ever, untimed."""
+    assert ranks(2).run(collective_tasks.works_left, 3, 5) == [(3, 0, 3)] * 2
+    assert ranks(2).run(collective_tasks.works_left, 8, 5) == [(5, 0, 5)] * 2
