@@ -297,3 +297,16 @@ def record_planted_calls(config: RunConfig, run_dir: Path) -> list[Record]:
     outcome(trainer, run_dir)
     dist.destroy_process_group(group)
     return records
+
+
+def run_on_a_full_disk(config: RunConfig, run_dir: Path) -> tuple[list[str], str]:
+    """What a run that ends with an error has warned of, and the error."""
+    told: list[str] = []
+    trainer = build(config, run_dir)
+    trainer.checkpointer.warn = told.append
+    with pytest.raises(UserError) as caught:
+        trainer.run(StopSignals())
+    trainer.loader.close()
+    if trainer.metrics is not None:
+        trainer.metrics.close()
+    return told, str(caught.value)

@@ -19,7 +19,7 @@ from octofold.train.build import (
     materialise,
     model_config,
 )
-from octofold.train.checkpoint.manager import Checkpointer
+from octofold.train.checkpoint.manager import Checkpointer, owned
 from octofold.train.config import RunConfig
 from octofold.train.console import Console
 from octofold.train.data.build import build_data
@@ -56,7 +56,7 @@ def train(config: RunConfig, run_dir: Path, *, stop_deadline_s: float = math.inf
     backend = resolve(config.backend.name)
     # On accelerators determinism needs more than this switch; there it is left to the user's own environment.
     torch.use_deterministic_algorithms(config.train.deterministic and backend.name == "cpu")
-    with joined(backend, config.backend, info):
+    with joined(backend, config.backend, info), owned(run_dir, config.checkpoint, begins=not config.resume):
         trainer = build_trainer(config, run_dir, backend, info, console)
         try:
             # Only from here on is there anything to save: until now Ctrl-C ends the process at once.

@@ -3,7 +3,8 @@
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -15,10 +16,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from octofold.backends.collectives import Group
-from octofold.backends.errors import UserError
+from octofold.backends.errors import ConfigError, UserError
 from octofold.backends.host_group import host_group
 from octofold.backends.observing import unobserved
 from octofold.train.checkpoint.checksums import DamagedError
+from octofold.train.checkpoint.claim import claimed
 from octofold.train.checkpoint.folders import Folder, folder_at
 from octofold.train.checkpoint.manifest import MANIFEST, Manifest, write_manifest
 from octofold.train.checkpoint.retention import retired
@@ -29,6 +31,7 @@ from octofold.train.checkpoint.validity import (
     candidates,
     checkpoints_of,
     nothing_valid,
+    step_folders,
     valid_checkpoints,
 )
 from octofold.train.checkpoint.writing import CheckpointWriter, HostCopies, ShardPlanner, shard_of
@@ -85,6 +88,29 @@ def publish_weights(run_dir: Path, write: Callable[[Path], None], state: dict[st
         raise
 
 
+@contextmanager
+def owned(run_dir: Path, config: CheckpointConfig, *, begins: bool) -> Iterator[None]:
+    """The place of a run's checkpoints, for this run alone until the context ends. Collective.
+
+    Args:
+        begins: the run does not continue from what is there; then `checkpoint.dir` must hold none of another run.
+
+    Raises:
+        UserError: another run owns the place, it cannot be written, or it holds another run's checkpoints.
+    """
+    checkpoints = checkpoints_of(run_dir, config.dir)
+    with ExitStack() as held:
+
+        def take() -> None:
+            held.enter_context(claimed(checkpoints))
+            if config.dir and begins and (there := step_folders(checkpoints)):
+                rule = f"a run that begins needs a place without checkpoints; there is step_{max(there)}"
+                raise ConfigError("checkpoint.dir", config.dir, rule, "another place, or resume=RUN")
+
+        Ranks(None).first(take)
+        yield
+
+
 class Checkpointer:
     """Saves and loads one run's checkpoints. Every method is collective: all ranks call it together."""
 
@@ -112,7 +138,7 @@ class Checkpointer:
         """What the last `load` passed over."""
         self.failures = 0
         """Saves in a row that failed."""
-        self._made_by, self._warn = made_by or {}, warn
+        self._made_by, self.warn = made_by or {}, warn
         self._copies = HostCopies()
         self._save: _Save | None = None
         self._failed: _Save | None = None
@@ -178,7 +204,7 @@ class Checkpointer:
                 return self._load(folder, manifest, tensors, ranks.group, whole=whole, skipped=skipped)
             except DamagedError as error:
                 skipped = [*skipped, Skipped(folder, str(error))]
-                self._warn(f"{Skipped(folder, str(error))}; the next older checkpoint is tried")
+                self.warn(f"{Skipped(folder, str(error))}; the next older checkpoint is tried")
         raise nothing_valid(where, skipped)
 
     def trained(self, up_to: int) -> list[Folder]:
@@ -235,9 +261,7 @@ class Checkpointer:
             thread.join()
             waited_s = time.monotonic() - began_s
             if waited_s > 0.1:
-                self._warn(
-                    f"step {wanted} waited {waited_s:.1f} s until the checkpoint of step {save.step} was written"
-                )
+                self.warn(f"step {wanted} waited {waited_s:.1f} s until the checkpoint of step {save.step} was written")
         thread.join()
         if save.error is not None:
             raise save.error
@@ -269,10 +293,10 @@ class Checkpointer:
             if save.published is not None:
                 self._retire(save.step)
             else:
-                self._warn(f"checkpoint {final} could not be written: {save.failure}; tried again at the next interval")
+                self.warn(f"checkpoint {final} could not be written: {save.failure}; tried again at the next interval")
                 self.checkpoints.partial(final.name).remove()
         except OSError as error:
-            self._warn(f"{self.checkpoints}: what is no longer needed could not be removed: {error}")
+            self.warn(f"{self.checkpoints}: what is no longer needed could not be removed: {error}")
 
     def _retire(self, step: int) -> None:
         """Remove what is no longer kept, where `step` is the newest of the course.
