@@ -19,6 +19,7 @@ verbs:
   train     train a model, or go on with a run
   sample    write text from a run's newest checkpoint
   report    draw a run: loss, expert load, throughput
+  inspect   what a checkpoint holds, and whether it is valid
   verify    prove a configuration: a layout against one rank, a resume, FP8 against BF16
   import    begin a run from a Hugging Face checkpoint
   export    write a run's checkpoint for Hugging Face transformers, vLLM and others
@@ -63,6 +64,19 @@ Prints the prompt and what the newest checkpoint of the run makes of it.
   sample.temperature=0.8    0 always takes the likeliest token
   sample.top_k=50           draw from the k likeliest only; 0: from all
   sample.seed=0
+"""
+
+INSPECT_USAGE = """\
+usage: octofold inspect CHECKPOINT|RUN|URL [--tensors] [--verify] [--config]
+
+Prints what a checkpoint holds (of a run: the newest valid one, and the others): step, sizes, the layout and the code
+that wrote it; and every folder that is no valid checkpoint, with the reason.
+
+  --tensors    name, dtype, shape and parts of each tensor
+  --verify     compare every byte with its checksum
+  --config     the configuration of the run, resolved
+
+exit status: 0 valid, 1 not
 """
 
 REPORT_USAGE = """\
@@ -205,6 +219,12 @@ def _sample(argv: list[str]) -> int:
     return 0
 
 
+def _inspect(argv: list[str]) -> int:
+    from octofold.launch.inspect import inspect
+
+    return inspect(argv)
+
+
 def _report(argv: list[str]) -> int:
     if len(argv) != 1:
         raise UserError("report\n  rule:   it takes one run\n  remedy: octofold report RUN")
@@ -251,6 +271,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, TRAIN_USAGE),
     "sample": (_sample, SAMPLE_USAGE),
     "report": (_report, REPORT_USAGE),
+    "inspect": (_inspect, INSPECT_USAGE),
     "verify": (_verify, verify_usage(*VERIFY_SUBJECTS)),
     "import": (_import, IMPORT_USAGE),
     "export": (_export, EXPORT_USAGE),
