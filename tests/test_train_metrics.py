@@ -121,6 +121,26 @@ def test_resume_drops_the_steps_about_to_be_repeated(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_going_back_drops_later_steps_and_keeps_why(tmp_path):
+    """Also through a resume from before the anomaly: the batch that was left out does not come again to tell of it."""
+    anomaly = {"kind": "anomaly", "step": 4, "value": math.nan, "action": "rolled_back", "account": "loss is nan"}
+    writer = open_writer(tmp_path)
+    for step in range(1, 5):
+        writer.log(train_record(step))
+    writer.log({**anomaly, "step": 2, "action": "skipped"})
+    writer.rewind(2)
+    writer.log(anomaly)
+    writer.log(train_record(3))
+    writer.close()
+    assert [(r["kind"], r["step"]) for r in read_metrics(tmp_path)] == [
+        *(("train", step) for step in (1, 2)),
+        *(("anomaly", step) for step in (2, 4)),
+        ("train", 3),
+    ]
+    open_writer(tmp_path, resumed_step=1).close()
+    assert [(r["kind"], r["step"]) for r in read_metrics(tmp_path)] == [("train", 1), ("anomaly", 4)]
+
+
 def test_resume_keeps_non_finite_values(tmp_path):
     writer = open_writer(tmp_path)
     writer.log(train_record(1, loss=math.nan))

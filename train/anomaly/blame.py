@@ -90,7 +90,8 @@ def first_break(events: Sequence[Event], stages: int) -> Place | None:
 
 def first_difference(events: Sequence[Event], others: Sequence[Event], stages: int) -> Place | None:
     """Where the numbers of two runs of one step first differ on this rank."""
-    pairs = zip(events, others, strict=True)
+    # Up to the end of the shorter one: what went otherwise may have taken another way from there.
+    pairs = zip(events, others, strict=False)
     return _first_wrong([(a, a.given_bits == b.given_bits, a.made_bits == b.made_bits) for a, b in pairs], stages)
 
 

@@ -34,7 +34,8 @@ def respond(trainer: "Trainer", anomaly: Anomaly, batch: Samples | None, note: s
     folder = _go_back(trainer, blamed) if policy == "rollback" and not stops else None
     if stops or (copies and folder is None):
         trainer.log({**record, "action": "stopped"})
-        raise stop_error(guard.bound, policy, trainer.checkpointer.last, trainer.engine.scaler.scale > 1)
+        last = next(iter(trainer.checkpointer.trained(step)), None)
+        raise stop_error(guard.bound, policy, last, trainer.engine.scaler.scale > 1)
     if folder is not None:
         record |= {"action": "rolled_back", "to_step": trainer.progress.step}
         done = f"back to {folder.name}"
