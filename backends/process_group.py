@@ -50,21 +50,32 @@ def joined(backend: Backend, config: BackendConfig, info: RankInfo) -> Iterator[
         ConfigError: the rendezvous address is missing.
     """
     backend.set_up(info.local_rank, info.local_world_size, config.threads)
-    store = None
+    timeout = timedelta(seconds=config.timeout_s)
+    store: dist.Store
     if info.world_size == 1:
         store = dist.HashStore()
     elif "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         shown = f"WORLD_SIZE={info.world_size}"
         rule = "several ranks meet at MASTER_ADDR:MASTER_PORT, which are not both set"
         raise ConfigError("MASTER_ADDR", shown, rule, "start the ranks with torchrun, or with launch.nproc_per_node")
+    else:
+        store = _meet(info, timeout)
     dist.init_process_group(
-        backend.process_groups(),
-        rank=info.rank,
-        world_size=info.world_size,
-        store=store,
-        timeout=timedelta(seconds=config.timeout_s),
+        backend.process_groups(), rank=info.rank, world_size=info.world_size, store=store, timeout=timeout
     )
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _meet(info: RankInfo, timeout: timedelta) -> dist.Store:
+    """Where the ranks of this attempt exchange their addresses.
+
+    An elastic agent that starts the ranks again lends them the store of the attempt before, and a rank that reads an
+    address there before its peer has replaced it calls for ever at a closed door.
+    """
+    store, _, _ = next(dist.rendezvous("env://", rank=info.rank, world_size=info.world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"attempt_{attempt}_of_{info.world_size}", store)

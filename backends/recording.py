@@ -57,30 +57,33 @@ def first_difference(records: list[list[Record]]) -> str | None:
     return None
 
 
+def describe(call: Call) -> Record:
+    """A call as a record."""
+    ranks = dist.get_process_group_ranks(call.group)
+    return Record(
+        call.op,
+        group_name(call.group),
+        tuple(ranks),
+        tuple(tuple(tensor.shape) for tensor in call.inputs),
+        tuple(str(tensor.dtype).removeprefix("torch.") for tensor in call.inputs),
+        None if call.peer is None else ranks[call.peer],
+    )
+
+
 @dataclass
 class _Recorder:
     records: list[Record]
 
     def on_call(self, call: Call) -> None:
-        ranks = dist.get_process_group_ranks(call.group)
-        self.records.append(
-            Record(
-                call.op,
-                group_name(call.group),
-                tuple(ranks),
-                tuple(tuple(tensor.shape) for tensor in call.inputs),
-                tuple(str(tensor.dtype).removeprefix("torch.") for tensor in call.inputs),
-                None if call.peer is None else ranks[call.peer],
-            )
-        )
+        self.records.append(describe(call))
 
 
-_MESSAGES = ("send", "receive")
+MESSAGES = ("send", "receive")
 
 
 def _difference(rank: int, own: list[Record], other: int, others: list[Record]) -> str | None:
     def shared(records: list[Record]) -> list[Record]:
-        return [r for r in records if {rank, other} <= set(r.ranks) and r.op not in _MESSAGES]
+        return [r for r in records if {rank, other} <= set(r.ranks) and r.op not in MESSAGES]
 
     sequences = [
         ("call", shared(own), shared(others)),
@@ -110,7 +113,7 @@ def _messages(records: list[Record], op: str, peer: int) -> list[Record]:
 
 def _compared(record: Record) -> tuple[object, ...]:
     """What must be equal on both ranks."""
-    if record.op in _MESSAGES:
+    if record.op in MESSAGES:
         return record.group, record.ranks, record.shapes, record.dtypes
     shapes: tuple[tuple[int, ...], ...] = record.shapes
     if record.op == "all_to_all":

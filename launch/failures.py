@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from octofold.train.stop import HANG_STATUS, HANG_VERDICT
+
 LOG_LINES_SHOWN = 15
 USERS_MISTAKE = 2
 """Exit status of a process that ends with a `UserError`."""
@@ -64,6 +66,10 @@ def first_failure(logs: Path, failures: dict[int, Any], *, interrupted: bool) ->
         failures: the agent's, by rank, each with its exit code and the second in which it was noticed.
         interrupted: a signal was passed on, so that ranks dead by a signal are no failure.
     """
+    hung = [rank for rank, failure in failures.items() if failure.exitcode == HANG_STATUS]
+    if hung and not interrupted:
+        # Calls that these broke when they ended are a consequence.
+        return Failure(1, _hang(logs, told=0 in hung))
     noted = [json.loads(path.read_text(encoding="utf-8")) for path in logs.glob("failure_rank_*.json")]
     if failures and not interrupted:
         first_s = min(failure.timestamp for failure in failures.values())
@@ -82,6 +88,13 @@ def first_failure(logs: Path, failures: dict[int, Any], *, interrupted: bool) ->
         rank, failure = next(iter(failures.items()))
         return Failure(1, _account(logs, rank, f"ended with exit status {failure.exitcode}", None))
     return None
+
+
+def _hang(logs: Path, *, told: bool) -> str:
+    """Account of a hang; `told`: rank 0 has printed what was found out."""
+    verdict = logs / HANG_VERDICT
+    found = "" if told or not verdict.exists() else "; " + verdict.read_text(encoding="utf-8").rstrip()
+    return f"the watchdog broke a hang{found} ({logs})"
 
 
 def _account(logs: Path, rank: int, what: str, text: str | None) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 from octofold.backends.errors import UserError
 from octofold.launch.config import LaunchConfig
 from octofold.launch.failures import clear_notes
-from octofold.launch.restart import mark_start
 from octofold.train.stop import exit_status
 
 
@@ -107,13 +106,10 @@ def start_ranks(launch: LaunchConfig, run_dir: Path) -> Ended:
     second signal, are killed. When one fails, all are ended and started again, `launch.max_restarts` times, to go on
     from the newest valid checkpoint; not after a user's mistake, or the same exception again. Ranks never outlive this
     process.
-
-    Raises:
-        ConfigError: the run's log folder cannot be written.
     """
     from octofold.launch.agent import RankAgent
 
-    mark_start(run_dir)
+    (run_dir / "logs").mkdir(exist_ok=True)
     clear_notes(run_dir / "logs")
     agent = RankAgent(launch, run_dir)
     with _rank_environment(launch.nproc_per_node), agent.handling_signals():

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from octofold.backends.errors import ConfigError, UserError
 from octofold.launch.config import JobConfig
-from octofold.launch.run_folder import MANIFEST, checkpoints
+from octofold.train.checkpoint.folders import Folder
+from octofold.train.checkpoint.manifest import MANIFEST
+from octofold.train.checkpoint.validity import checkpoints_of, valid_checkpoints
 
 _BEGAN = "logs/began"
-"""Its age tells what the job has saved from what it found."""
+"""The manifest of the newest checkpoint that a job found when it began: what is newer is its own."""
 
 
 def restarts() -> int:
@@ -20,16 +22,17 @@ def restarts() -> int:
     return int(count) if count.isdigit() else 0
 
 
-def mark_start(run_dir: Path) -> None:
+def mark_start(run_dir: Path, config: JobConfig) -> None:
     """Note that a job begins in this folder; not for an attempt that follows another.
 
     Raises:
         ConfigError: the folder for logs cannot be written.
     """
+    newest = _newest(run_dir, config)
     try:
         (run_dir / "logs").mkdir(exist_ok=True)
         _mistake(run_dir).unlink(missing_ok=True)
-        (run_dir / _BEGAN).write_bytes(b"")
+        (run_dir / _BEGAN).write_bytes(b"" if newest is None else newest.read(MANIFEST))
     except OSError as error:
         rule = f"ranks write their logs there: {error.strerror}"
         remedy = "free space, change its permissions, or run_dir"
@@ -49,11 +52,16 @@ def after_restart(config: JobConfig, run_dir: Path) -> JobConfig:
     """
     if _mistake(run_dir).exists():
         raise UserError(_mistake(run_dir).read_text(encoding="utf-8"))
-    found = checkpoints(run_dir)
-    began = run_dir / _BEGAN
-    if not found or (began.exists() and (found[-1] / MANIFEST).stat().st_mtime < began.stat().st_mtime):
+    newest, began = _newest(run_dir, config), run_dir / _BEGAN
+    if newest is None or (began.exists() and began.read_bytes() == newest.read(MANIFEST)):
         return config
-    return replace(config, resume=str(run_dir))
+    return replace(config, resume=config.checkpoint.dir or str(run_dir))
+
+
+def _newest(run_dir: Path, config: JobConfig) -> Folder | None:
+    checkpoints = checkpoints_of(run_dir, config.checkpoint.dir)
+    valid, _ = valid_checkpoints(checkpoints)
+    return checkpoints / f"step_{max(valid)}" if valid else None
 
 
 def leave_mistake(run_dir: Path, error: UserError) -> None:

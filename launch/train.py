@@ -17,8 +17,11 @@ from octofold.launch.job import Job, draft, settle
 from octofold.launch.local import Ended, Joined, join, start_ranks
 from octofold.launch.restart import after_restart, leave_mistake, mark_start, restarts
 from octofold.launch.run_folder import config_node, default_run_dir, make_run_folder, restore_config, write_config
+from octofold.launch.run_lock import locked
 from octofold.train.history import append
 from octofold.train.stop import exit_status
+
+RESTART_WAIT_S = 15.0
 
 
 def run(argv: list[str]) -> int:
@@ -108,12 +111,18 @@ def _multirun(options: argparse.Namespace) -> int:
 def _start(job: Job, in_process: bool) -> Ended:
     """Run a job whose ranks nobody has started yet, or rank 0 of one whose ranks a launcher has started."""
     run_dir = make_run_folder(job.config, resuming=job.reuse_folder)
-    config = replace(job.config, run_dir=str(run_dir))
-    _tell_changes(job, run_dir)
+    # The attempt before this one has been killed, which other machines may learn with a delay.
+    with locked(run_dir, wait_s=RESTART_WAIT_S if restarts() else 0.0):
+        if not restarts():
+            _tell_changes(job, run_dir)
+        return _run_locked(replace(job.config, run_dir=str(run_dir)), run_dir, in_process)
+
+
+def _run_locked(config: JobConfig, run_dir: Path, in_process: bool) -> Ended:
     previous = write_config(run_dir, config)
-    if in_process and not restarts():
-        mark_start(run_dir)
     try:
+        if not restarts():
+            mark_start(run_dir, config)
         ended = _train_here(config, run_dir) if in_process else start_ranks(config.launch, run_dir)
     except UserError:
         restore_config(run_dir, previous)

@@ -1,5 +1,6 @@
 """What ranks do in the tests of backends/: collectives by every way, their costs, sums by steps."""
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from octofold.backends.collectives import (
     world,
 )
 from octofold.backends.errors import ConfigError
+from octofold.backends.flight import KEPT, FlightRecorder
 from octofold.backends.hierarchical import sums_taken
 from octofold.backends.observing import Call, group_name, observed
 from octofold.backends.topology import Topology
@@ -212,3 +214,29 @@ def costs(topology: Topology, steps: int) -> dict[str, dict[str, Any]]:
     taken = accounting.take()
     assert not accounting.take()
     return over_ranks(taken, steps, torch.device("cpu"))
+
+
+def record_flight(late_s: float) -> dict[str, Any]:
+    """A flight of sums and two messages; rank 1 is late for the first sum, and rank 0 reports `meanwhile`."""
+    rank = dist.get_rank()
+    flight = FlightRecorder(rank)
+    dist.barrier()
+    reports: list[dict[str, Any]] = []
+    with observed(flight):
+        if rank == 1:
+            time.sleep(late_s)
+        else:
+            threading.Timer(late_s / 2, lambda: reports.append(flight.report())).start()
+        dist.all_reduce(torch.ones(3))
+        in_flight_s = flight.in_flight_s()
+        for _ in range(2):
+            if rank == 0:
+                dist.send(torch.ones(2), 1)
+            else:
+                dist.recv(torch.ones(2), 0)
+        for _ in range(2 + KEPT):
+            dist.all_reduce(torch.ones(3))
+        deadline_s = time.monotonic() + 10
+        while flight.report()["recent"][-1]["done"] is not True and time.monotonic() < deadline_s:
+            time.sleep(0.01)  # another thread tells
+    return {"report": flight.report(), "meanwhile": (reports or [None])[0], "in_flight_s": in_flight_s}

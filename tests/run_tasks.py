@@ -3,6 +3,7 @@
 import gc
 import io
 import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -96,6 +97,17 @@ def outcome(trainer: Trainer, run_dir: Path) -> dict[str, Any]:
         "progress": asdict(trainer.progress),
         "updates": trainer.engine.updates,
     }
+
+
+def run_with_slow_rank(config: RunConfig, run_dir: Path, slow_rank: int, late_s: float) -> dict[str, Any]:
+    """`run` under the watchdog, with a rank that takes so much longer for a step; also what rank 0 `printed`."""
+    printed = io.StringIO()
+    trainer = build(config, run_dir, printed)
+    if dist.get_rank() == slow_rank:
+        trainer.model.register_forward_pre_hook(lambda *_: time.sleep(late_s))
+    with trainer.watchdog.watching(0):
+        assert trainer.run(StopSignals())
+    return {**outcome(trainer, run_dir), "printed": printed.getvalue()}
 
 
 def run_with_nan(config: RunConfig, run_dir: Path, bad_step: int) -> dict[str, Any]:

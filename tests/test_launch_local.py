@@ -80,8 +80,11 @@ def train(config, run_dir, *, stop_deadline_s):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGKILL)
     if config.name == "flaky" and restart < 2 and RANK == "1":
-        (run_dir / "checkpoints" / f"step_{restart + 7}").mkdir(parents=True)
-        (run_dir / "checkpoints" / f"step_{restart + 7}" / "manifest.json").write_text("{}")
+        from octofold.train.checkpoint.folders import folder_at
+        from octofold.train.checkpoint.manifest import write_manifest
+        folder = run_dir / "checkpoints" / f"step_{restart + 7}"
+        folder.mkdir(parents=True)
+        write_manifest(folder_at(folder), {"step": restart + 7})
         raise RuntimeError(f"trouble number {restart}")
     note("done", [os.environ.get("OMP_NUM_THREADS"), config.run_dir, config.train.seed, "torch" in sys.modules])
     return Outcome(10)
@@ -401,6 +404,28 @@ def test_ctrl_c_ends_the_whole_command_after_saving(tmp_path):
     assert (process.returncode, said) == (130, "")
     assert all((tmp_path / "run" / f"saved_{rank}").exists() for rank in (0, 1))
     assert all(is_gone(pid) for pid in rank_pids(tmp_path / "run"))
+
+
+def test_a_second_command_in_the_same_folder_is_refused(tmp_path):
+    process = start_command(tmp_path, "stop")
+    command = [OCTOFOLD, "train", "name=fine", "run_dir=run", "resume=auto"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert f"process {process.pid} on" in done.stderr
+    assert read_config(tmp_path / "run").name == "stop"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+
+
+def test_a_folder_of_logs_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "logs").write_text("")
+    for ranks in (1, 2):
+        command = [OCTOFOLD, "train", "name=fine", "run_dir=run", f"launch.nproc_per_node={ranks}"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 2
+        assert f"run_dir={tmp_path}/run/logs" in done.stderr
+        assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_no_rank_outlives_a_killed_command(tmp_path):

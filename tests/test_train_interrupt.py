@@ -9,8 +9,18 @@ from typing import Any
 import psutil
 import pytest
 import run_tasks
-from job_processes import DEADLINE_S, is_training, rank_processes, started, wait_for, wait_for_step
-from run_configs import newest, steps_of, tiny_run, write_corpus
+from job_processes import (
+    COMMAND,
+    DEADLINE_S,
+    free_ports,
+    is_training,
+    rank_processes,
+    session,
+    started,
+    wait_for,
+    wait_for_step,
+)
+from run_configs import newest, overrides, steps_of, tiny_run, write_corpus
 
 from octofold.train.checkpoint.manifest import read_manifest
 from octofold.train.config import RunConfig
@@ -94,6 +104,22 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(root, tmp_path):
     last = read_metrics(run_dir)[-1]["step"]
     assert f"stopped at step {last}; saved" in printed
     assert newest(run_dir).name == f"step_{last}"
+
+
+def test_a_signal_to_one_of_slurms_tasks_stops_all(root, tmp_path):
+    """`#SBATCH --signal=USR1@60` reaches every task, but not at once."""
+    (port,) = free_ports(1)
+    said = {"SLURM_NTASKS": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "SLURM_JOB_ID": "7"}
+    command = [*COMMAND, *overrides(replace(run_config(root, 2), run_dir=str(tmp_path)))]
+    with (
+        session(command, SLURM_PROCID="0", SLURM_LOCALID="0", **said) as first,
+        session(command, SLURM_PROCID="1", SLURM_LOCALID="1", **said) as second,
+    ):
+        wait_for_step(first, tmp_path, 3)
+        second.send_signal(signal.SIGUSR1)
+        printed = [task.communicate(timeout=DEADLINE_S)[0] for task in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], printed
+    assert newest(tmp_path).name == f"step_{read_metrics(tmp_path)[-1]['step']}"
 
 
 @pytest.mark.parametrize("n", [1, 2])

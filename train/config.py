@@ -86,6 +86,11 @@ class TrainConfig:
     rank computes otherwise the second time is an error of its device."""
     log_communication: bool = True
     """Count and time collectives into the metrics."""
+    hang_timeout_s: float = 300.0
+    """A rank that sees no step and no collective begin or end for so long writes down where all its threads stand, and
+    ends; 0: never. The first step, evaluations and saves have four times as long."""
+    slow_rank_factor: float = 2.0
+    """A rank that computes so many times as long as the median of its pipeline stage is named; 0: none is."""
     wandb: bool = False
     """Also log to Weights & Biases (offline unless logged in)."""
     tensorboard: bool = False
@@ -163,6 +168,7 @@ def validate(config: RunConfig, world_size: int) -> RunConfig:
     _check_moments(config.optim, config.precision)
     _check_anomalies(config.train)
     _check_batch(config.train, config.parallel)
+    _check_faults(config)
     _check_reduction(config)
     _check_experts(config)
     _check_length(config)
@@ -245,6 +251,20 @@ def _check_batch(train: TrainConfig, parallel: ParallelConfig) -> None:
         rule = f"the global batch must be a multiple of micro batch x data ranks = {share} sequences"
         nearest = max(share, train.global_batch_size // share * share)
         raise ConfigError("train.global_batch_size", shown, rule, f"train.global_batch_size={nearest}")
+
+
+def _check_faults(config: RunConfig) -> None:
+    hang_s, call_s, factor = config.train.hang_timeout_s, config.backend.timeout_s, config.train.slow_rank_factor
+    check_finite("train.hang_timeout_s", hang_s, least=0.0)
+    check_finite("train.slow_rank_factor", factor, least=0.0)
+    if hang_s >= call_s:
+        shown = f"train.hang_timeout_s={hang_s:g} backend.timeout_s={call_s:g}"
+        rule = "a hang is seen, and who is missing, before the library ends the collective"
+        remedy = f"train.hang_timeout_s={call_s / 2:g}, or 0 for no watchdog"
+        raise ConfigError("train.hang_timeout_s", shown, rule, remedy)
+    if 0 < factor <= 1:
+        rule = "a factor above the usual"
+        raise ConfigError("train.slow_rank_factor", factor, rule, "train.slow_rank_factor=2, or 0 for none")
 
 
 def _check_reduction(config: RunConfig) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from octofold.backends.base import Backend
+from octofold.backends.flight import FlightRecorder
 from octofold.backends.process_group import RankInfo, joined
 from octofold.backends.registry import resolve
 from octofold.train import history
@@ -28,6 +29,7 @@ from octofold.train.startup import startup_sections
 from octofold.train.stop import StopSignals
 from octofold.train.trainer import Trainer
 from octofold.train.version import code_version
+from octofold.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def train(config: RunConfig, run_dir: Path, *, stop_deadline_s: float = math.inf
         trainer = build_trainer(config, run_dir, backend, info, console)
         try:
             # Only from here on is there anything to save: until now Ctrl-C ends the process at once.
-            with StopSignals(stop_deadline_s) as stop:
+            with StopSignals(stop_deadline_s) as stop, trainer.watchdog.watching(trainer.progress.step):
                 return _run(trainer, stop, console, run_dir)
         finally:
             trainer.loader.close()
@@ -116,6 +118,13 @@ def build_trainer(config: RunConfig, run_dir: Path, backend: Backend, info: Rank
             warn=console.warn,
         ),
         watch=build_watch(config.precision, built, device),
+        watchdog=Watchdog(
+            FlightRecorder(info.rank),
+            rank=info.rank,
+            ranks=info.world_size,
+            timeout_s=config.train.hang_timeout_s,
+            logs=run_dir / "logs",
+        ),
         utilisation=build_utilisation(config, built, backend, info),
         console=console,
         metrics=None,
@@ -133,6 +142,7 @@ def build_trainer(config: RunConfig, run_dir: Path, backend: Backend, info: Rank
             wandb=config.train.wandb,
             tensorboard=config.train.tensorboard,
             resumed_step=trainer.progress.step if config.resume else None,
+            warn=console.warn,
         )
     return trainer
 
@@ -156,5 +166,7 @@ def _run(trainer: Trainer, stop: StopSignals, console: Console, run_dir: Path) -
     if not trainer.run(stop):
         console.info(f"stopped at step {trainer.progress.step}; saved {trainer.last_checkpoint}")
         return Outcome(trainer.progress.step, stop.agreed)
-    console.final(trainer.finish(), run_dir=run_dir, checkpoint=trainer.last_checkpoint)
+    with trainer.watchdog.longer("closing evaluation"):
+        record = trainer.finish()
+    console.final(record, run_dir=run_dir, checkpoint=trainer.last_checkpoint)
     return Outcome(trainer.progress.step)

@@ -41,6 +41,10 @@ Fields of `train` that need a word:
                             link: node, supernode, network (`octofold.backends.topology`)
         seconds             from each call until it was complete, other ranks' delay included; calls overlap with one
                             another and with computation; absent on accelerators
+    compute_s       seconds a step that ranks compute, without what they wait in collectives: `median` and `slowest`;
+                    absent of one rank, and on accelerators
+    slow_ranks      dict from rank to how many times as long as the median of its pipeline stage it computes, of ranks
+                    beyond train.slow_rank_factor; absent where there is none, and in the first record of a process
     imbalance       busiest expert's load ÷ mean load in the layer where it is largest
     unused_experts  experts that no token chose, counted over all layers
     balance         dict of `imbalance`, `unused_share` and `load_entropy`, each a dict from layer to number
@@ -73,11 +77,12 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from octofold.backends.errors import UserError
+from octofold.train.lines import LineFile
 
 METRICS_FILE = "metrics.jsonl"
 HEALTH_METRICS = ("underflow", "saturation", "amax", "scale_spread", "snr_db", "non_finite_tiles")
@@ -108,6 +113,7 @@ class MetricsWriter:
         wandb: bool,
         tensorboard: bool,
         resumed_step: int | None,
+        warn: Callable[[str], None] = _log.warning,
     ) -> None:
         """
         Args:
@@ -118,9 +124,10 @@ class MetricsWriter:
             tensorboard: also write `run_dir/tensorboard`.
             resumed_step: the step the run continues from. Records of later steps are dropped, since those steps are
                 about to be repeated. None starts afresh: an earlier file is set aside as `metrics-1.jsonl`, `-2`, ...
+            warn: is told when the file cannot be written for a time.
 
         Raises:
-            UserError: a sink is not installed or cannot start.
+            UserError: a sink is not installed or cannot start, or the file cannot be opened or brought to that step.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         self._sinks: list[Sink] = []
@@ -129,21 +136,26 @@ class MetricsWriter:
         if tensorboard:
             self._sinks.append(_TensorBoardSink(run_dir, resumed_step))
         path = run_dir / METRICS_FILE
-        if path.exists():
-            if resumed_step is None:
-                _set_aside(path)
-            else:
-                _keep_until(run_dir, resumed_step)
-        self._path, self._file = path, path.open("a", encoding="utf-8")
+        try:
+            if path.exists():
+                if resumed_step is None:
+                    _set_aside(path)
+                else:
+                    _keep_until(run_dir, resumed_step)
+            self._path, self._warn, self._file = path, warn, LineFile(path, warn)
+        except OSError as error:
+            remedy = "free space or change permissions, then start again"
+            raise UserError(f"{path} cannot be written: {error.strerror}\n  remedy: {remedy}") from error
 
     def log(self, record: dict[str, Any]) -> None:
         """Write one record of plain values; it is in the operating system's hands when this returns.
 
+        On a full disk it waits in memory, with a warning, until a later call finds room.
+
         Raises:
             TypeError: a value that JSON does not know, such as a tensor; nothing is written then.
         """
-        self._file.write(_encode(record) + "\n")
-        self._file.flush()
+        self._file.append(_encode(record))
         if self._sinks:
             scalars, texts = _flatten(record)
             for sink in self._sinks:
@@ -153,7 +165,7 @@ class MetricsWriter:
         """The run has gone back to `step`: remove later records; sinks are told again of what is trained again."""
         self._file.close()
         _keep_until(self._path.parent, step)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = LineFile(self._path, self._warn)
 
     def close(self) -> None:
         """Close the file and the sinks; may be called twice."""
@@ -252,13 +264,23 @@ def _set_aside(path: Path) -> None:
 
 
 def _keep_until(run_dir: Path, step: int) -> None:
-    """Rewrite the file without later steps and torn lines; a crash leaves the old file or the new one.
+    """Drop later steps and torn lines; a crash leaves the old file or the new one.
 
-    An anomaly after which the run went back stays: its batch does not come again.
+    Later steps stand at the end, and the file is cut there, for which a full disk has room. Only where others follow
+    them, or a line is torn in the middle, is the file written anew.
     """
-    records = read_metrics(run_dir)
-    kept = [record for record in records if record["step"] <= step or record.get("action") == "rolled_back"]
     path = run_dir / METRICS_FILE
+    end, rest = 0, path.read_bytes()
+    while rest:
+        line, newline, after = rest.partition(b"\n")
+        record = _decode(line)
+        if record is None or record["step"] > step or not newline:
+            break
+        end, rest = end + len(line) + 1, after
+    if not any((record := _decode(line)) and record["step"] <= step for line in rest.split(b"\n")):
+        os.truncate(path, end)
+        return
+    kept = [record for record in read_metrics(run_dir) if record["step"] <= step]
     draft = path.with_suffix(".tmp")
     with draft.open("w", encoding="utf-8") as file:
         file.writelines(_encode(record) + "\n" for record in kept)

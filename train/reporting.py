@@ -8,20 +8,36 @@ from typing import Any
 import torch
 
 from octofold.backends.accounting import Accounting, over_ranks
+from octofold.backends.flight import FlightRecorder
 from octofold.parallel.balance import load_metrics
 from octofold.parallel.config import ParallelConfig
 from octofold.parallel.transport import COUNTED, PURPOSES
 from octofold.train.engines.native import StepResult
 from octofold.train.flops import Utilisation
+from octofold.train.slow_ranks import pace_metrics
 
 
 class Interval:
     """Counts since the last report, of which each metric is the mean a step. Evaluations and saves are left out."""
 
-    def __init__(self, parallel: ParallelConfig, utilisation: Utilisation, accounting: Accounting | None) -> None:
-        """`accounting` counts and times collectives; None: they are not reported."""
+    def __init__(
+        self,
+        parallel: ParallelConfig,
+        utilisation: Utilisation,
+        accounting: Accounting | None,
+        flight: FlightRecorder,
+        slow_rank_factor: float,
+    ) -> None:
+        """
+        Args:
+            accounting: counts and times collectives; None: they are not reported.
+            flight: knows how long this rank waits in them.
+            slow_rank_factor: see `octofold.train.slow_ranks`.
+        """
         self.accounting = accounting
-        self._parallel, self._utilisation = parallel, utilisation
+        self._parallel, self._utilisation, self._flight = parallel, utilisation, flight
+        self._slow_rank_factor = slow_rank_factor
+        self._warm = False
         self._started_s = time.monotonic()
         self.begin()
 
@@ -34,6 +50,7 @@ class Interval:
         """Start counting anew."""
         self._began_s, self._tokens, self._steps, self._moved = time.monotonic(), 0, 0, 0
         self._traffic = torch.zeros(len(COUNTED), dtype=torch.float64)
+        self._in_flight_s = self._flight.in_flight_s()
 
     @property
     def elapsed_s(self) -> float:
@@ -55,13 +72,15 @@ class Interval:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What happens inside is no part of a step."""
-        began_s = time.monotonic()
+        began_s, in_flight_s = time.monotonic(), self._flight.in_flight_s()
         yield
         self._began_s += time.monotonic() - began_s
+        self._in_flight_s += self._flight.in_flight_s() - in_flight_s
 
     def take(self, device: torch.device) -> dict[str, Any]:
         """Metrics of a mean step, and begin anew. Collective."""
         step_s = max(time.monotonic() - self._began_s, 1e-9) / self._steps
+        waited_s = (self._flight.in_flight_s() - self._in_flight_s) / self._steps
         metrics = {
             "tokens_per_s": self._tokens / step_s / self._steps,
             "step_s": step_s,
@@ -70,6 +89,7 @@ class Interval:
             **({"moved_experts": self._moved} if self._parallel.placement_every else {}),
             **self._utilisation.metrics(step_s),
             **self._communication(device),
+            **self._pace(step_s - waited_s, device),
         }
         self.begin()
         return metrics
@@ -94,6 +114,18 @@ class Interval:
         costs = over_ranks(self.accounting.take(), self._steps, device)
         self.accounting.take()  # what gathering them cost
         return {"communication": costs}
+
+    def _pace(self, compute_s: float, device: torch.device) -> dict[str, Any]:
+        """How long ranks compute, and which are slow, where the host sees when collectives end. Collective."""
+        if device.type != "cpu":
+            return {}
+        # Ranks warm up differently, which says nothing about them.
+        stages, factor = self._parallel.pipeline, self._slow_rank_factor if self._warm else 0.0
+        self._warm = True
+        metrics = pace_metrics(max(compute_s, 0.0), device, stages=stages, factor=factor)
+        if self.accounting is not None:
+            self.accounting.take()  # what gathering them cost
+        return metrics
 
 
 def step_metrics(result: StepResult) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Being told to stop: the step in hand is finished and saved before the run ends, within a deadline."""
+"""Being told to stop: the step in hand is finished and saved before the run ends, within a deadline. Torch-free."""
 
 import math
 import os
@@ -10,8 +10,10 @@ from types import FrameType, TracebackType
 
 PREEMPTIONS = frozenset([signal.SIGTERM, signal.SIGUSR1])
 """What schedulers send before they take a machine away. A run that they stop, and that has saved, ended well."""
-
-
+HANG_STATUS = 75
+"""Exit status of a process that the watchdog ended: EX_TEMPFAIL, "try again"."""
+HANG_VERDICT = "hang.txt"
+"""In the run's logs: which ranks the watchdog found missing."""
 POLL_S = 0.1
 
 

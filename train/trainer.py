@@ -45,6 +45,7 @@ from octofold.train.precision.watch import Health, Watch
 from octofold.train.reporting import Interval, load_record, step_metrics
 from octofold.train.sampling import generate
 from octofold.train.stop import StopSignals
+from octofold.train.watchdog import Watchdog
 
 
 @dataclass
@@ -85,6 +86,7 @@ class Trainer:
         loader: Loader | StreamLoader,
         checkpointer: Checkpointer,
         watch: Watch,
+        watchdog: Watchdog,
         utilisation: Utilisation,
         console: Console,
         metrics: MetricsWriter | None,
@@ -94,11 +96,12 @@ class Trainer:
         """`metrics` is for rank 0 alone."""
         self.meshes, self.names, self.pipeline, self.placement = meshes, names, pipeline, placement
         self.config, self.model, self.engine, self.data, self.loader = config, model, engine, data, loader
-        self.watch = watch
+        self.watch, self.watchdog = watch, watchdog
         self.checkpointer, self.console, self.metrics = checkpointer, console, metrics
         self.topology, self.rank, self.device = topology, rank, device
         accounting = Accounting(topology) if config.train.log_communication else None
-        self.interval = Interval(config.parallel, utilisation, accounting)
+        factor = config.train.slow_rank_factor
+        self.interval = Interval(config.parallel, utilisation, accounting, watchdog.flight, factor)
         self.gates = model.gates()
         self.accumulation = Accumulation(
             model,
@@ -138,6 +141,7 @@ class Trainer:
                 before = self.progress.step
                 with nullcontext() if self.interval.accounting is None else observed(self.interval.accounting):
                     going_on = self.step(stop, bar)
+                self.watchdog.step_done(self.progress.step)
                 self._check_replicas(last=not going_on)
                 if self.progress.step <= before:  # gone back
                     continue
@@ -148,7 +152,8 @@ class Trainer:
                 if self.progress.step % self.config.checkpoint.every_steps == 0:
                     self.save()
         self.save()
-        self.checkpointer.wait()
+        with self.watchdog.longer("save"):
+            self.checkpointer.wait()
         return self.progress.step == train.steps
 
     def step(self, stop: StopSignals, bar: RunProgress) -> bool:
@@ -272,6 +277,10 @@ class Trainer:
             **(load_record(self.names.gates, loads_GE) if loads_GE is not None else {}),
         }
         self._health = None
+        for rank, times in record.get("slow_ranks", {}).items():
+            self.console.warn(
+                f"step {record['step']}: rank {rank} is slow: it computes {times:.1f} times as long as usual"
+            )
         self.log(record)
         bar.update(record)
 
@@ -307,7 +316,7 @@ class Trainer:
             data_rank=self.meshes.data_rank,
             data_ranks=self.config.parallel.data,
         )
-        with self.interval.paused():
+        with self.interval.paused(), self.watchdog.longer("evaluation"):
             mask = self.config.data.mask_documents
             loss, tokens = evaluate(
                 self.model, batches, self.meshes, pipeline=self.pipeline, mask_documents=mask, device=self.device
@@ -365,7 +374,7 @@ class Trainer:
         if self.saved_step == self.progress.step:
             return
         state = self.state()  # of experts where they stand now, which the tensors do not show
-        with self.interval.paused(), self.logical_order():
+        with self.interval.paused(), self.watchdog.longer("save"), self.logical_order():
             self.checkpointer.save(self.progress.step, self.engine.tensors(), state)
         self.saved_step = self.progress.step
 
@@ -388,7 +397,8 @@ class Trainer:
         """Continue from the newest valid checkpoint of a place (`Checkpointer.load`), which is returned."""
         if self.placement is not None:
             self.placement.begin_anew()
-        loaded = self.checkpointer.load(where, self.engine.tensors())
+        with self.watchdog.longer("load"):
+            loaded = self.checkpointer.load(where, self.engine.tensors())
         state = loaded.state
         origin: dict[str, Any] = {k: v for k, v in state.items() if k in ("imported_from", "scale_fmt", "block")}
         self.progress = Progress(state["step"], state["tokens_seen"], origin)

@@ -1,0 +1,77 @@
+"""What another attempt continues from: what this job has saved, never what it found and did not choose."""
+
+from dataclasses import replace
+
+import pytest
+
+from octofold.backends.errors import UserError
+from octofold.launch.config import JobConfig
+from octofold.launch.restart import after_restart, leave_mistake, mark_start, restarts
+from octofold.train.checkpoint.folders import folder_at
+from octofold.train.checkpoint.manifest import write_manifest
+
+
+def save(checkpoints, step):
+    (checkpoints / f"step_{step}").mkdir(parents=True, exist_ok=True)
+    write_manifest(folder_at(checkpoints / f"step_{step}"), {"step": step})
+
+
+@pytest.fixture
+def job(tmp_path):
+    return JobConfig(run_dir=str(tmp_path))
+
+
+def test_a_job_that_has_saved_nothing_begins_anew(job, tmp_path):
+    mark_start(tmp_path, job)
+    assert after_restart(job, tmp_path).resume is None
+
+
+def test_a_job_goes_on_from_what_it_saved(job, tmp_path):
+    mark_start(tmp_path, job)
+    save(tmp_path / "checkpoints", 4)
+    assert after_restart(job, tmp_path).resume == str(tmp_path)
+
+
+def test_a_job_that_chose_an_older_checkpoint_returns_to_it_until_it_saves(job, tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    save(checkpoints, 5)
+    save(checkpoints, 10)
+    job = replace(job, resume=str(checkpoints / "step_5"))
+    mark_start(tmp_path, job)
+    assert after_restart(job, tmp_path) == job
+    (checkpoints / "step_10").rename(checkpoints / "step_10.left_at_8")
+    save(checkpoints, 8)
+    assert after_restart(job, tmp_path).resume == str(tmp_path)
+    save(checkpoints, 10)
+    assert after_restart(job, tmp_path).resume == str(tmp_path), "the same step of another course"
+
+
+def test_checkpoints_that_lie_elsewhere_are_found(job, tmp_path):
+    elsewhere = tmp_path / "store"
+    job = replace(job, checkpoint=replace(job.checkpoint, dir=str(elsewhere)))
+    mark_start(tmp_path, job)
+    assert after_restart(job, tmp_path).resume is None
+    save(elsewhere, 4)
+    assert after_restart(job, tmp_path).resume == str(elsewhere)
+
+
+def test_a_damaged_checkpoint_is_nothing_saved(job, tmp_path):
+    mark_start(tmp_path, job)
+    save(tmp_path / "checkpoints", 4)
+    (tmp_path / "checkpoints" / "step_4" / "manifest.json").write_text("{")
+    assert after_restart(job, tmp_path).resume is None
+
+
+def test_a_users_mistake_is_told_at_once(job, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job/7")
+    mark_start(tmp_path, job)
+    leave_mistake(tmp_path, UserError("no agent starts anything again"))
+    assert after_restart(job, tmp_path) == job
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    leave_mistake(tmp_path, UserError("the shelf is empty"))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert restarts() == 1
+    with pytest.raises(UserError, match="the shelf is empty"):
+        after_restart(job, tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    assert after_restart(job, tmp_path) == job
