@@ -266,4 +266,4 @@ def test_help_on_one_subject_has_its_keys_alone(subject, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith(f"usage: octofold verify {subject} [")
     assert "verify.steps=" in printed
-    assert ("verify.ranks=" in printed) == (subject == "layout")
+    assert [other for other in VERIFY_SUBJECTS if f"\n{other}: " in printed] == [subject]
