@@ -32,7 +32,7 @@ CASES = [
     pytest.param(2, checked(4, data_replicate=2), "layers.1.self_attn.o_proj", 1, [0, 1], id="replica of two"),
     pytest.param(2, checked(2, TIED, pipeline=2), "embed_tokens", 1, [0, 1], id="copy on the last stage"),
     pytest.param(4, checked(2, tensor=2, context=2), "layers.2.mlp.gate", 2, [2], id="expert bias of four ranks"),
-    pytest.param(4, checked(2, data_replicate=4), "lm_head", 3, [3], id="replica of four"),
+    pytest.param(4, checked(2, data_replicate=4), "lm_head", 3, [3], id="replica of four", marks=pytest.mark.slow),
     pytest.param(
         4, checked(2, expert=4), "layers.1.mlp.gate", 0, [0], id="expert bias, experts", marks=pytest.mark.slow
     ),

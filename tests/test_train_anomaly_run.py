@@ -180,7 +180,7 @@ def test_a_spike_is_named_by_its_samples(root, tmp_path):
 
 def test_a_healthy_run_raises_no_alarm(root, tmp_path):
     """With a factor below the one that is advised, a rate at which such a model learns fast, and BF16."""
-    train = {"steps": 100, "spike_factor": 6.0, "micro_batch_size": 8}
+    train = {"steps": 70, "spike_factor": 6.0, "micro_batch_size": 8}
     groups = {"precision": {"name": "bf16"}, "optim": {"lr": 3e-3, "warmup_steps": 10}}
     shape = {"data": {"sequence_length": 32}, "model": {"num_hidden_layers": 2}}
     found = alone(run_with_faults, tiny_run(root, train=train, **groups, **shape), tmp_path, [])
