@@ -267,26 +267,31 @@ def _keep_until(run_dir: Path, step: int) -> None:
     """Drop later steps and torn lines; a crash leaves the old file or the new one.
 
     Later steps stand at the end, and the file is cut there, for which a full disk has room. Only where others follow
-    them, or a line is torn in the middle, is the file written anew.
+    them, or a line is torn in the middle, is the file written anew. An anomaly after which the run went back stays: its
+    batch does not come again to tell of it.
     """
     path = run_dir / METRICS_FILE
     end, rest = 0, path.read_bytes()
     while rest:
         line, newline, after = rest.partition(b"\n")
         record = _decode(line)
-        if record is None or record["step"] > step or not newline:
+        if record is None or not _stays(record, step) or not newline:
             break
         end, rest = end + len(line) + 1, after
-    if not any((record := _decode(line)) and record["step"] <= step for line in rest.split(b"\n")):
+    if not any((record := _decode(line)) and _stays(record, step) for line in rest.split(b"\n")):
         os.truncate(path, end)
         return
-    kept = [record for record in read_metrics(run_dir) if record["step"] <= step]
+    kept = [record for record in read_metrics(run_dir) if _stays(record, step)]
     draft = path.with_suffix(".tmp")
     with draft.open("w", encoding="utf-8") as file:
         file.writelines(_encode(record) + "\n" for record in kept)
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
+
+
+def _stays(record: dict[str, Any], step: int) -> bool:
+    return record["step"] <= step or record.get("action") == "rolled_back"
 
 
 def _flatten(record: dict[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
