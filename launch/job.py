@@ -9,7 +9,7 @@ from octofold.launch.changes import Change, check_names, differences, require_al
 from octofold.launch.compose import apply, compose, parse
 from octofold.launch.config import JobConfig
 from octofold.launch.config import check as check_launch
-from octofold.launch.run_folder import checkpoints, has_checkpoint, latest_run, read_config
+from octofold.launch.run_folder import latest_run, read_config, saved_checkpoints
 from octofold.train.config import validate
 from octofold.train.models.config import ModelConfig
 
@@ -91,7 +91,7 @@ def _asked(texts: Sequence[str]) -> str | None:
 
 
 def _absolute(config: JobConfig) -> JobConfig:
-    """Paths of data made absolute, so that a run can be continued from any working directory."""
+    """Paths of data and checkpoints made absolute, so that a run can be continued from any working directory."""
 
     def full(path: str | None) -> str | None:
         return None if path is None else str(Path(path).expanduser().absolute())
@@ -102,7 +102,9 @@ def _absolute(config: JobConfig) -> JobConfig:
         data = replace(data, path=full(data.path))
     if Path(data.tokenizer).expanduser().exists() and data.tokenizer not in ("bytes", "bpe"):
         data = replace(data, tokenizer=str(full(data.tokenizer)))
-    return replace(config, data=data)
+    directory = config.checkpoint.dir
+    checkpoint = replace(config.checkpoint, dir=full(directory) if directory and "://" not in directory else directory)
+    return replace(config, data=data, checkpoint=checkpoint)
 
 
 def _continued(asked: str, texts: Sequence[str]) -> JobConfig:
@@ -111,20 +113,23 @@ def _continued(asked: str, texts: Sequence[str]) -> JobConfig:
     is_checkpoint = path.parent.name == "checkpoints"
     run_dir = path.parent.parent if is_checkpoint else path
     saved = read_config(run_dir)
-    found = checkpoints(run_dir)
+    found = saved_checkpoints(run_dir, saved.checkpoint.dir)
     if not found:
         rule, remedy = "the run has saved no checkpoint", f"start it over with run_dir={run_dir} resume=auto"
         raise ConfigError("resume", asked, rule, remedy)
-    if is_checkpoint and path not in found:
+    named = next((checkpoint for checkpoint in found if checkpoint.name == path.name), None)
+    if is_checkpoint and named is None:
         names = ", ".join(checkpoint.name for checkpoint in found)
-        raise ConfigError("resume", asked, f"the run's checkpoints are: {names}", f"resume={found[-1]}")
+        remedy = f"resume={run_dir}/checkpoints/{found[-1].name}"
+        raise ConfigError("resume", asked, f"the run's checkpoints are: {names}", remedy)
     # The saved degree was inferred from the ranks of that day; the ranks of today may be others.
     saved = replace(saved, parallel=replace(saved.parallel, data_shard=-1), resume_allow=[])
     config = apply(saved, [override for override in parse(texts) if override.key_or_group != "resume"])
     if config.run_dir != saved.run_dir and Path(str(config.run_dir)).expanduser().absolute() != run_dir:
         shown = f"resume={asked} run_dir={config.run_dir}"
         raise ConfigError("run_dir", shown, "a continued run stays in its folder", "leave run_dir out")
-    return replace(config, run_dir=str(run_dir), resume=str(path))
+    place = str(named) if is_checkpoint else saved.checkpoint.dir or str(run_dir)
+    return replace(config, run_dir=str(run_dir), resume=place)
 
 
 def _automatic(config: JobConfig) -> JobConfig:
@@ -133,7 +138,8 @@ def _automatic(config: JobConfig) -> JobConfig:
         rule = "resume=auto looks for a checkpoint in run_dir, and run_dir=null makes a new folder each time"
         raise ConfigError("resume", "auto", rule, "add run_dir=FOLDER")
     run_dir = Path(config.run_dir).expanduser().absolute()
-    return replace(config, resume=str(run_dir) if has_checkpoint(run_dir) else None)
+    directory = config.checkpoint.dir
+    return replace(config, resume=(directory or str(run_dir)) if saved_checkpoints(run_dir, directory) else None)
 
 
 def _allowed_changes(config: JobConfig) -> tuple[Change, ...]:
@@ -144,9 +150,9 @@ def _allowed_changes(config: JobConfig) -> tuple[Change, ...]:
     """
     if config.resume is None:
         return ()
-    path = Path(config.resume)
-    run_dir = path.parent.parent if path.parent.name == "checkpoints" else path
-    changes = [change for change in differences(read_config(run_dir), config) if change.key not in ASKED_EACH_TIME]
-    begun = any(checkpoint.name != FIRST for checkpoint in checkpoints(run_dir))
+    run_dir = Path(str(config.run_dir)).expanduser().absolute()
+    before = read_config(run_dir)
+    changes = [change for change in differences(before, config) if change.key not in ASKED_EACH_TIME]
+    begun = any(checkpoint.name != FIRST for checkpoint in saved_checkpoints(run_dir, before.checkpoint.dir))
     require_allowed(changes, config.resume_allow, str(run_dir), begun=begun)
     return tuple(changes)

@@ -20,6 +20,8 @@ from yaml import YAMLError  # type: ignore[import-untyped, unused-ignore]
 
 from octofold.backends.errors import ConfigError, UserError
 from octofold.launch.config import JobConfig
+from octofold.train.checkpoint.folders import Folder
+from octofold.train.checkpoint.validity import checkpoints_of, step_folders, valid_checkpoints
 
 CONFIG_NAME = "config.yaml"
 RUNS = Path("runs")
@@ -122,18 +124,39 @@ def has_checkpoint(run_dir: Path) -> bool:
     return bool(checkpoints(run_dir))
 
 
+def saved_checkpoints(run_dir: Path, directory: str | None = None) -> list[Folder]:
+    """Folders that were published as checkpoints of a run, valid or not by now, oldest step first.
+
+    Args:
+        directory: the run's `checkpoint.dir`.
+    """
+    steps = step_folders(checkpoints_of(run_dir, directory))
+    return [folder for folder in steps.values() if MANIFEST in folder.sizes()]
+
+
 def latest_run(runs: Path = RUNS) -> Path:
-    """The run that `resume=latest` means: of the folders in `runs` that hold a run, the one whose newest checkpoint was
-    published last, whatever its step and whenever the run began.
+    """The run that `resume=latest` means: of the runs in `runs`, the one whose newest valid checkpoint was published
+    last, whatever its step and whenever the run began.
 
     Raises:
-        ConfigError: none of them holds a checkpoint.
+        ConfigError: none of them holds a valid checkpoint; says which were passed over, and why.
     """
-    saved = {path.parent: found[-1] for path in runs.glob(f"*/{CONFIG_NAME}") if (found := checkpoints(path.parent))}
-    if not saved:
-        rule = f"no run in {runs.absolute()} has saved a checkpoint"
+    times: dict[Path, float] = {}
+    passed_over = []
+    for path in sorted(runs.glob(f"*/{CONFIG_NAME}")):
+        try:
+            valid, skipped = valid_checkpoints(checkpoints_of(path.parent, read_config(path.parent).checkpoint.dir))
+        except (UserError, OSError) as error:
+            passed_over.append(str(error).splitlines()[0])
+            continue
+        passed_over += [] if valid else [str(folder) for folder in skipped]
+        if valid:
+            times[path.parent] = valid[max(valid)].saved_at_s
+    if not times:
+        told = "".join(f"\n          {line}" for line in passed_over)
+        rule = f"no run in {runs.absolute()} has saved a checkpoint that is valid{told}"
         raise ConfigError("resume", "latest", rule, "resume=RUN, a run folder that lies elsewhere, or leave resume out")
-    return max(saved, key=lambda run: ((saved[run] / MANIFEST).stat().st_mtime_ns, run.name)).absolute()
+    return max(times, key=lambda run: (times[run], run.name)).absolute()
 
 
 def default_run_dir(name: str, suffix: str) -> Path:

@@ -1,7 +1,5 @@
 """What `octofold train` settles on: new jobs proved by every rule, and saved runs continued or refused."""
 
-import os
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -10,6 +8,7 @@ from octofold.backends.errors import UserError
 from octofold.launch.compose import compose
 from octofold.launch.job import settle
 from octofold.launch.run_folder import MANIFEST, write_config
+from octofold.train.checkpoint.manifest import Manifest
 from octofold.train.config import validate
 
 
@@ -171,20 +170,48 @@ def test_an_unknown_name_is_not_allowed(run_dir):
         settle([f"resume={run_dir}", "resume_allow=[optim.lrr]"])
 
 
-def test_latest_is_the_run_that_saved_last(run_dir, tmp_path_factory, monkeypatch):
-    """Whatever its step, and whenever it began; what lies in runs/ without a checkpoint does not count."""
-    place = tmp_path_factory.mktemp("work")
-    monkeypatch.chdir(place)
+def publish(checkpoints, step, saved_at_s):
+    """A valid checkpoint that holds no tensor."""
+    folder = checkpoints / f"step_{step}"
+    folder.mkdir(parents=True)
+    (folder / MANIFEST).write_bytes(Manifest(state={"step": step}, files={}, saved_at_s=saved_at_s).sealed())
+
+
+def test_latest_is_the_run_that_saved_last(job, tmp_path, monkeypatch):
+    """Whatever its step, and whenever it began; what lies in runs/ without a valid checkpoint does not count."""
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"no run in .*/runs has saved a checkpoint"):
         settle(["resume=latest"])
-    for number, name in enumerate(["younger", "older", "empty"]):
-        shutil.copytree(run_dir, place / "runs" / name)
-        manifest = place / "runs" / name / "checkpoints" / "step_10" / MANIFEST
-        os.utime(manifest, ns=(10**18 - number, 10**18 - number))
-    shutil.rmtree(place / "runs" / "empty" / "checkpoints")
-    (place / "runs" / "empty" / "checkpoints").mkdir()
-    job = settle(["resume=latest", "train.log_every=1"])
-    assert (job.config.run_dir, job.asked, job.reuse_folder) == (str(place / "runs" / "younger"), "latest", True)
+    for name in ("older", "younger", "damaged", "empty", "elsewhere"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        write_config(tmp_path / "runs" / name, replace(job, run_dir=str(tmp_path / "runs" / name)))
+    (tmp_path / "runs" / "damaged" / "checkpoints" / "step_7").mkdir(parents=True)
+    (tmp_path / "runs" / "damaged" / "checkpoints" / "step_7" / MANIFEST).write_text("{")
+    with pytest.raises(UserError, match=r"(?s)is valid\n.*damaged/checkpoints/step_7/manifest.json cannot be read"):
+        settle(["resume=latest"])
+    publish(tmp_path / "runs" / "older" / "checkpoints", 9, 1000.0)
+    publish(tmp_path / "runs" / "younger" / "checkpoints", 2, 2000.0)
+    latest = settle(["resume=latest", "train.log_every=1"])
+    assert (latest.config.run_dir, latest.asked, latest.reuse_folder) == (
+        str(tmp_path / "runs" / "younger"),
+        "latest",
+        True,
+    )
+
+
+def test_checkpoints_elsewhere_are_found(job, tmp_path, monkeypatch):
+    """With checkpoint.dir: by auto, by the run's name, and by a step."""
+    monkeypatch.chdir(tmp_path)
+    texts = ["resume=auto", f"run_dir={tmp_path / 'run'}", "checkpoint.dir=store", "train.seed=3"]
+    assert settle(texts).config.resume is None
+    (tmp_path / "run").mkdir()
+    write_config(tmp_path / "run", settle(texts).config)
+    for step in (5, 10):
+        publish(tmp_path / "store", step, float(step))
+    assert settle(texts).config.resume == str(tmp_path / "store")
+    assert settle([f"resume={tmp_path / 'run'}"]).config.resume == str(tmp_path / "store")
+    named = settle([f"resume={tmp_path / 'run'}/checkpoints/step_5"]).config
+    assert (named.run_dir, named.resume) == (str(tmp_path / "run"), str(tmp_path / "store" / "step_5"))
 
 
 def test_paths_of_data_are_kept_absolute(tmp_path, monkeypatch):

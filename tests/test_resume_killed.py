@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,8 @@ from safetensors.numpy import load_file
 
 from octofold.launch.config import JobConfig, LaunchConfig
 from octofold.launch.run_folder import checkpoints, has_checkpoint, write_config
-from octofold.train.checkpoint.manager import published
+from octofold.train.checkpoint.folders import folder_at
+from octofold.train.checkpoint.validity import check_in_full
 from octofold.train.config import RunConfig
 from octofold.train.history import read_history
 from octofold.train.metrics import read_metrics
@@ -75,10 +77,23 @@ def prepare(job: JobConfig, run_dir: Path) -> bool:
 
 def outcome(run_dir: Path) -> Outcome:
     records = [record for record in read_metrics(run_dir) if record["kind"] == "train"]
-    last = published(run_dir)[STEPS]
+    last = checkpoints(run_dir)[-1]
+    assert last.name == f"step_{STEPS}"
     files = sorted(last.glob("*.safetensors"))
     tensors = {f"{f.name}:{name}": t.tobytes() for f in files for name, t in load_file(f).items()}
     return Outcome([(r["step"], r["loss"], r["grad_norm"], r["tokens"]) for r in records], tensors)
+
+
+def steps_of(folders: Iterable[Path]) -> list[int]:
+    return [int(folder.name.removeprefix("step_")) for folder in folders]
+
+
+def valid(run_dir: Path) -> list[Path]:
+    """Checkpoints of which every byte is as it was written."""
+    found = checkpoints(run_dir)
+    for folder in found:
+        check_in_full(folder_at(folder))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +105,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     assert ending.codes == [0] * RANKS, (run_dir / "logs" / "rank_0.log").read_text()
     found = outcome(run_dir)
     assert [step for step, *_ in found.curve] == list(range(1, STEPS + 1))
-    assert list(published(run_dir)) == [STEPS - EVERY, STEPS], "retention takes part"
+    assert steps_of(checkpoints(run_dir)) == [STEPS - EVERY, STEPS], "retention takes part"
     return Undisturbed(job, found, ending.operations)
 
 
@@ -120,9 +135,8 @@ def assert_survives(seed: int, whole: Undisturbed, run_dir: Path) -> str:
         seen: set[Path] = set()
         ending = killing.run(run_dir, RANKS, death, partial(note, seen, run_dir))
         told.append(f"{death} ended {ending.codes} with {[path.name for path in checkpoints(run_dir)]}")
-        before, newest = newest, max(published(run_dir), default=0)
-        published_steps = [int(path.name.removeprefix("step_")) for path in seen]
-        assert newest >= max([before, *published_steps]), f"a published checkpoint was lost: {told}"
+        before, newest = newest, max(steps_of(valid(run_dir)), default=0)
+        assert newest >= max([before, *steps_of(seen)]), f"a published checkpoint was lost: {told}"
         if not any(ending.codes):
             break
     assert ending.codes == [0] * RANKS, f"{told}\n{(run_dir / 'logs' / 'rank_0.log').read_text()}"
