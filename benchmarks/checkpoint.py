@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from octofold.backends.cpu import usable_cores
 from octofold.parallel.local_ranks import LocalRanks
 from octofold.train.checkpoint.checksums import BLOCK_BYTES
 from octofold.train.checkpoint.manager import Checkpointer
@@ -83,6 +84,7 @@ def forget_pages(folder: Path) -> None:
 def measure(folder: Path, total_bytes: int, rounds: int) -> dict[str, Any]:
     """On one rank, together with the others. Seconds are the slowest rank's."""
     torch.manual_seed(dist.get_rank())
+    torch.set_num_threads(max(usable_cores() // dist.get_world_size(), 1))
     tensors = state(total_bytes)
     shards = [shard_of(tensor) for tensor in tensors.values()]
     plain = folder / f"plain-{dist.get_rank()}"

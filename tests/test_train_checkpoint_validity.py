@@ -39,7 +39,7 @@ TENSORS = {
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("checksums", "manifest", "writing"):
+        for module in ("checksums", "writing"):
             patch.setattr(f"octofold.train.checkpoint.{module}.BLOCK_BYTES", BLOCK)
         yield
 

@@ -11,8 +11,8 @@ import xxhash
 from octofold.backends.errors import UserError
 from octofold.train.checkpoint.folders import Folder, Reader
 
-BLOCK_BYTES = 16 * 2**20
-"""Of a file behind its header, which is a block of its own; the last block is shorter."""
+BLOCK_BYTES = 4 * 2**20
+"""Of what is written now, behind a file's header, which is a block of its own; the last block is shorter."""
 REMEDY = "\n  remedy: resume from an earlier checkpoint of the run"
 
 
@@ -34,20 +34,21 @@ class FileRecord:
     """How much of it is its header, the first block."""
     blocks: list[str] | None = None
     """The checksum of each block; None where none were taken (format 1)."""
+    block_bytes: int = BLOCK_BYTES
 
     def bounds(self, number: int) -> tuple[int, int]:
         """First byte of a block, and the byte behind its last."""
-        begin = 0 if number == 0 else self.header_bytes + (number - 1) * BLOCK_BYTES
-        return begin, min(self.header_bytes + number * BLOCK_BYTES, self.nbytes)
+        begin = 0 if number == 0 else self.header_bytes + (number - 1) * self.block_bytes
+        return begin, min(self.header_bytes + number * self.block_bytes, self.nbytes)
 
     def block_of(self, place: int) -> int:
         """The block in which a byte lies."""
-        return 0 if place < self.header_bytes else 1 + (place - self.header_bytes) // BLOCK_BYTES
+        return 0 if place < self.header_bytes else 1 + (place - self.header_bytes) // self.block_bytes
 
     @property
     def count(self) -> int:
         """How many blocks it has."""
-        return 1 + -(-(self.nbytes - self.header_bytes) // BLOCK_BYTES)
+        return 1 + -(-(self.nbytes - self.header_bytes) // self.block_bytes)
 
 
 class BlockSums:
@@ -75,7 +76,7 @@ class BlockSums:
     def record(self) -> FileRecord:
         """Of the file, now that it is complete."""
         unfinished = [self._open.hexdigest()] if self._room < BLOCK_BYTES else []
-        return FileRecord(self.nbytes, self._header_bytes, [*self._done, *unfinished])
+        return FileRecord(self.nbytes, self._header_bytes, [*self._done, *unfinished], BLOCK_BYTES)
 
 
 def record_of(folder: Folder, name: str) -> FileRecord:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from octofold.train.checkpoint.checksums import BLOCK_BYTES, REMEDY, DamagedError, FileRecord, checksum, record_of
+from octofold.train.checkpoint.checksums import REMEDY, DamagedError, FileRecord, checksum, record_of
 from octofold.train.checkpoint.folders import Folder, folder_at
 
 MANIFEST = "manifest.json"
@@ -52,7 +52,6 @@ class Manifest:
             "saved_at_s": self.saved_at_s,
             "state": self.state,
             "made_by": self.made_by,
-            "block_bytes": BLOCK_BYTES,
             "files": {name: asdict(record) for name, record in self.files.items()},
         }
         body = json.dumps(content).encode()
@@ -103,8 +102,6 @@ def _parse(document: bytes) -> Manifest:
     if version != FORMAT or checksum(body) != said:
         raise ValueError("its own checksum differs")
     content = json.loads(body)
-    if content["block_bytes"] != BLOCK_BYTES:
-        raise ValueError(f"checksums of blocks of {content['block_bytes']} bytes")
     files = {name: FileRecord(**record) for name, record in content["files"].items()}
     return Manifest(dict(content["state"]), files, dict(content["made_by"]), float(content["saved_at_s"]))
 
