@@ -4,6 +4,7 @@ Its objects lie as files under a folder, so that several processes see one store
 """
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -23,6 +24,8 @@ class ObjectStore(AbstractFileSystem):  # type: ignore[misc]
     cachable = False
     writes_left = None
     """Objects that may still be written before the store is unreachable; None: any number."""
+    hold = threading.Event()
+    """While it is not set, writing waits."""
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
@@ -95,6 +98,7 @@ class _Upload:
         return len(data)
 
     def close(self) -> None:
+        ObjectStore.hold.wait()
         if ObjectStore.writes_left is not None:
             if ObjectStore.writes_left == 0:
                 raise BrokenStoreError("503 slow down")
@@ -106,6 +110,9 @@ class _Upload:
 
     def discard(self) -> None:
         self._parts = []
+
+
+ObjectStore.hold.set()
 
 
 def register() -> None:

@@ -102,6 +102,16 @@ def test_every_layout_writes_the_same_tensors(n, expert, trained, root, ranks, t
         assert torch.equal(tensor, found[name]), name
 
 
+def test_replicas_are_written_once_and_the_work_is_shared(trained, root, ranks, tmp_path):
+    original = trained / "checkpoints" / "step_3"
+    config = tiny_run(root, 4, parallel={"data_replicate": 2}, resume=str(original), **BF16)
+    ranks(4).run(run_tasks.resave, config, tmp_path)
+    sizes = [path.stat().st_size for path in shards_of(newest(tmp_path))]
+    assert len(sizes) == 4
+    assert sum(sizes) < 1.1 * sum(path.stat().st_size for path in shards_of(original))
+    assert max(sizes) < 1.3 * min(sizes)
+
+
 class _Bomb:
     """Unpickled, it leaves a mark."""
 

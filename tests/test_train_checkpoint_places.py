@@ -1,6 +1,8 @@
 """Checkpoints in an object store, which renames nothing and may be away; and saves that fail and are tried again."""
 
+import re
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ def store(tmp_path: Path) -> Iterator[str]:
     stores.register()
     yield f"objects://{tmp_path}/store!runs/one"
     stores.ObjectStore.writes_left = None
+    stores.ObjectStore.hold.set()
 
 
 def checkpointer(url: str, told: list[str], **config: Any) -> Checkpointer:
@@ -105,6 +108,25 @@ def test_a_store_that_is_away_delays_and_warns(store, world_of_one):
     with pytest.raises(UserError, match=r"checkpoint.max_failures=2 in a row \(2 now\)"):
         save(saver, 6)
     assert find_valid(store).path.name == "step_3"
+
+
+def test_training_goes_on_while_a_slow_store_takes_a_checkpoint(store, world_of_one):
+    """What is saved are the numbers of that moment; the next save waits for it, and says so."""
+    told: list[str] = []
+    saver = checkpointer(store, told)
+    weight = torch.ones(3, 4)
+    stores.ObjectStore.hold.clear()
+    saver.save(1, {"model.weight": weight}, {"step": 1})
+    weight.mul_(7)
+    assert not folder_at(store).folders()
+    threading.Timer(0.3, stores.ObjectStore.hold.set).start()
+    saver.save(2, {"model.weight": weight}, {"step": 2})
+    assert re.fullmatch(r"step 2 waited \d\.\d s until the checkpoint of step 1 was written", told[0])
+    saver.wait()
+    for step, value in ((1, 1.0), (2, 7.0)):
+        read = {"model.weight": torch.empty(3, 4)}
+        saver.load(f"{store}/step_{step}", read)
+        assert (read["model.weight"] == value).all()
 
 
 def test_a_store_has_one_owner(store, monkeypatch):
