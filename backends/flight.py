@@ -12,27 +12,47 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from octofold.backends.observing import Call, Told
-from octofold.backends.recording import MESSAGES, describe
+import torch
+import torch.distributed as dist
+
+from octofold.backends.observing import Call, Told, group_name
+from octofold.backends.recording import MESSAGES, Record
 
 KEPT = 32
 """Calls that are remembered."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Flown:
-    """A call, as plain values."""
+    """A call, without its tensors."""
 
     channel: str
     count: int
     """Which call of its channel this is, from 1."""
     ranks: tuple[int, ...]
     """Global ranks that take part."""
-    text: str
     issued_s: float
     """By `time.monotonic`."""
     done: bool | None
     """None: the host cannot see it (accelerators)."""
+    op: str
+    group: "_Group"
+    shapes: list[torch.Size]
+    dtypes: list[torch.dtype]
+    peer: int | None
+
+    def __str__(self) -> str:
+        """As `recording.Record` says it; put together when somebody asks."""
+        shapes = tuple(tuple(shape) for shape in self.shapes)
+        dtypes = tuple(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+        return str(Record(self.op, self.group.name, self.group.ranks, shapes, dtypes, self.peer))
+
+
+@dataclass(frozen=True)
+class _Group:
+    name: str
+    ranks: tuple[int, ...]
+    channel: str
 
 
 class FlightRecorder:
@@ -44,31 +64,39 @@ class FlightRecorder:
         self._recent: deque[Flown] = deque(maxlen=KEPT)
         self._open: dict[int, Flown] = {}
         self._counts: dict[str, int] = {}
+        self._groups: dict[str, _Group] = {}
         self._opened_s = self._in_flight_s = 0.0
         self.moved_s = time.monotonic()
         """When a call was last issued or complete."""
 
     def on_call(self, call: Call) -> Told | None:
         """Remember a call."""
-        record = describe(call)
-        on_host = all(tensor.device.type == "cpu" for tensor in call.inputs)
-        ranks = record.ranks
-        channel = f"{record.group} {list(ranks)}"
-        if record.op in MESSAGES:
-            assert record.peer is not None
-            ranks = (self._rank, record.peer) if record.op == "send" else (record.peer, self._rank)
-            channel = f"{record.group} {ranks[0]}->{ranks[1]}"
+        group = self._groups.get(call.group.group_name) or self._add_group(call.group)
+        peer = None if call.peer is None else group.ranks[call.peer]
+        channel, ranks = group.channel, group.ranks
+        if call.op in MESSAGES:
+            assert peer is not None
+            ranks = (self._rank, peer) if call.op == "send" else (peer, self._rank)
+            channel = f"{group.name} {ranks[0]}->{ranks[1]}"
+        shapes, dtypes = [tensor.shape for tensor in call.inputs], [tensor.dtype for tensor in call.inputs]
+        on_host = not any(tensor.device.type != "cpu" for tensor in call.inputs)
         with self._lock:
             count = self._counts[channel] = self._counts.get(channel, 0) + 1
-            self.moved_s = time.monotonic()
-            flown = Flown(channel, count, ranks, str(record), self.moved_s, False if on_host else None)
+            self.moved_s = now_s = time.monotonic()
+            done = False if on_host else None
+            flown = Flown(channel, count, ranks, now_s, done, call.op, group, shapes, dtypes, peer)
             self._recent.append(flown)
             if not on_host:
                 return None
             if not self._open:
-                self._opened_s = self.moved_s
+                self._opened_s = now_s
             self._open[id(flown)] = flown
         return partial(self._complete, flown)
+
+    def _add_group(self, group: dist.ProcessGroup) -> _Group:
+        name, ranks = group_name(group), tuple(dist.get_process_group_ranks(group))
+        added = self._groups[group.group_name] = _Group(name, ranks, f"{name} {list(ranks)}")
+        return added
 
     def _complete(self, flown: Flown, _took_s: float) -> None:
         with self._lock:
@@ -93,7 +121,7 @@ class FlightRecorder:
                     "channel": flown.channel,
                     "count": flown.count,
                     "ranks": list(flown.ranks),
-                    "text": flown.text,
+                    "text": str(flown),
                     "ago_s": round(now_s - flown.issued_s, 3),
                     "done": flown.done,
                 }

@@ -57,25 +57,22 @@ def first_difference(records: list[list[Record]]) -> str | None:
     return None
 
 
-def describe(call: Call) -> Record:
-    """A call as a record."""
-    ranks = dist.get_process_group_ranks(call.group)
-    return Record(
-        call.op,
-        group_name(call.group),
-        tuple(ranks),
-        tuple(tuple(tensor.shape) for tensor in call.inputs),
-        tuple(str(tensor.dtype).removeprefix("torch.") for tensor in call.inputs),
-        None if call.peer is None else ranks[call.peer],
-    )
-
-
 @dataclass
 class _Recorder:
     records: list[Record]
 
     def on_call(self, call: Call) -> None:
-        self.records.append(describe(call))
+        ranks = dist.get_process_group_ranks(call.group)
+        self.records.append(
+            Record(
+                call.op,
+                group_name(call.group),
+                tuple(ranks),
+                tuple(tuple(tensor.shape) for tensor in call.inputs),
+                tuple(str(tensor.dtype).removeprefix("torch.") for tensor in call.inputs),
+                None if call.peer is None else ranks[call.peer],
+            )
+        )
 
 
 MESSAGES = ("send", "receive")

@@ -145,7 +145,7 @@ def test_a_rank_that_sleeps_for_ever_is_named_and_the_run_goes_on(root, undistur
     stacks = logs_of(tmp_path, 3)
     assert "in come_to_grief" in stacks[1]
     assert all("WAITING" in stacks[rank] for rank in (0, 2))
-    assert all("last collectives, newest first:\n" in text and "octofold-data" in text for text in stacks)
+    assert all("last collectives, newest first:\n" in text and "thread octofold-stop:" in text for text in stacks)
     assert_as_undisturbed(tmp_path, undisturbed(3), root, 3, ranks)
 
 
