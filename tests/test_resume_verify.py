@@ -141,13 +141,16 @@ def test_a_planted_fault_is_named(fault, killed, ranks, tmp_path):
     assert re.search(PLANTED[fault], said), said
 
 
+IN_BLOCKS = ["train.global_batch_size=16", "precision=fp8_block", "precision.arithmetic=emulate"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "texts",
     [
         ["experiment=quickstart", "verify.seeds=2"],
-        ["model=deepseek_v3", "parallel.pipeline=2", "parallel.expert=2", "precision=fp8_block"],
-        ["model=deepseek_v2", "parallel.tensor=2", "parallel.context=2", "precision=mxfp8", "data.workers=2"],
+        ["model=deepseek_v3", "parallel.pipeline=2", "parallel.expert=2", "train.micro_batch_size=2", *IN_BLOCKS],
+        ["model=deepseek_v2", "parallel.tensor=2", "parallel.context=2", "data.workers=2", *IN_BLOCKS],
         ["model=tiny", "verify.twin=false", "train.global_batch_size=4", "data.sequence_length=64"],
     ],
     ids=" ".join,
