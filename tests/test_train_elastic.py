@@ -88,6 +88,7 @@ def test_a_killed_rank_of_four_costs_nothing_but_time(root, undisturbed, ranks, 
     assert_as_undisturbed(tmp_path, undisturbed(4), root, 4, ranks)
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_it_begins_anew(root, undisturbed, ranks, tmp_path):
     with session(train(run_config(root, 2), tmp_path, 2), **fault("fail", rank=1, forward=3)) as process:
         printed = process.communicate(timeout=LIMIT_S)[0]
@@ -106,6 +107,7 @@ def test_torchrun_restarts_it_too(root, undisturbed, ranks, tmp_path):
     assert_as_undisturbed(tmp_path, undisturbed(2), root, 2, ranks)
 
 
+@pytest.mark.slow
 def test_a_users_mistake_is_noted_for_torchruns_next_attempts(root, tmp_path):
     config = run_config(root, 2)
     config = replace(config, model=replace(config.model, vocab_size=16))
@@ -117,6 +119,7 @@ def test_a_users_mistake_is_noted_for_torchruns_next_attempts(root, tmp_path):
     assert "the tokenizer has 257 entries" in note.read_text(), "later attempts read it and end"
 
 
+@pytest.mark.slow
 def test_torchrun_that_is_preempted_leaves_a_checkpoint(root, tmp_path):
     config = run_config(root, 2)
     config = replace(config, train=replace(config.train, steps=10_000))

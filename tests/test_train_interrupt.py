@@ -122,7 +122,7 @@ def test_a_signal_to_one_of_slurms_tasks_stops_all(root, tmp_path):
     assert newest(tmp_path).name == f"step_{read_metrics(tmp_path)[-1]['step']}"
 
 
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_step_that_outlasts_the_deadline_is_not_waited_for(n, root, tmp_path):
     run_dir = tmp_path / "run"
     config = run_config(root, n)
