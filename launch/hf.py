@@ -9,7 +9,8 @@ from pathlib import Path
 from octofold.backends.errors import ConfigError, UserError
 from octofold.launch.config import JobConfig
 from octofold.launch.job import settle
-from octofold.launch.run_folder import checkpoints, make_run_folder, read_config, write_config
+from octofold.launch.run_folder import make_run_folder, read_config, saved_checkpoints, write_config
+from octofold.train.checkpoint.folders import folder_at
 
 OWN_MODEL_KEYS = re.compile(r"model\.(name|balance\..*|mtp\..*|initializer_range|num_nextn_predict_layers)")
 """What an import may be told about the model; all else stands in config.json."""
@@ -100,11 +101,11 @@ def export_run(run: str, overrides: list[str]) -> Path:
     path = Path(run).expanduser().absolute()
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else path
     config = read_config(run_dir)
-    found = checkpoints(run_dir)
-    if not found or (path != run_dir and path not in found):
+    found = saved_checkpoints(run_dir, config.checkpoint.dir)
+    if not found or (path != run_dir and folder_at(path) not in found):
         names = ", ".join(checkpoint.name for checkpoint in found) or "none"
         raise UserError(
             f"{path} is no checkpoint\n  rule:   the run's checkpoints are: {names}\n"
             "  remedy: name the run, or one of them"
         )
-    return export_weights(run_dir, path if path != run_dir else found[-1], config, settings)
+    return export_weights(run_dir, folder_at(path) if path != run_dir else found[-1], config, settings)

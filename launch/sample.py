@@ -43,13 +43,13 @@ def run(run_name: str, prompt: str, overrides: list[str]) -> str:
         UserError: a wrong key or value, a folder without a run, or a run without a checkpoint.
     """
     from octofold.launch.compose import apply, parse
-    from octofold.launch.run_folder import has_checkpoint, read_config
+    from octofold.launch.run_folder import read_config, saved_checkpoints
 
     settings = apply(SampleJob(), parse(overrides)).sample
     check(settings)
     run_dir = Path(run_name).expanduser().absolute()
     config = read_config(run_dir)
-    if not has_checkpoint(run_dir):
+    if not saved_checkpoints(run_dir, config.checkpoint.dir):
         rule = "  rule:   a sample is drawn from a checkpoint (checkpoints/step_N)"
         raise UserError(f"{run_dir} holds no checkpoint\n{rule}\n  remedy: train on with resume={run_name}")
     from octofold.train.sampling import sample

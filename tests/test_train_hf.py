@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from octofold.backends.errors import UserError
 from octofold.launch.hf import export_run, import_checkpoint
 from octofold.launch.run_folder import read_config
+from octofold.train.checkpoint.folders import folder_at
+from octofold.train.checkpoint.manifest import read_manifest, write_manifest
 from octofold.train.models.config import ModelConfig, RopeScalingConfig
 from octofold.train.models.hf_config import fp8_block, from_hf, to_hf
 from octofold.train.models.hf_names import hf_tensors
@@ -265,13 +267,11 @@ def broken_run(run_dir: Path, tmp_path: Path, change: Callable[[dict[str, torch.
     """The run with a checkpoint of one file, changed."""
     broken = Path(shutil.copytree(run_dir, tmp_path / "broken", ignore=shutil.ignore_patterns("export")))
     folder = broken / "checkpoints" / "step_2"
-    tensors = all_tensors(folder)
+    tensors, state = all_tensors(folder), read_manifest(folder).state
     change(tensors)
     (file,) = folder.glob("*.safetensors")
     save_file(tensors, file)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["file_bytes"][file.name] = file.stat().st_size
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder_at(folder), state)
     return broken
 
 

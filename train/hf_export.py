@@ -18,6 +18,7 @@ import torch
 from octofold.backends.errors import ConfigError, UserError, check_finite, unknown_name_error
 from octofold.kernels.reference.block_cast import quantize_blocks
 from octofold.train.build import model_config
+from octofold.train.checkpoint.folders import Folder
 from octofold.train.checkpoint.quantized import SCALE_SUFFIX, dequantize_window, scale_shape
 from octofold.train.checkpoint.reading import CheckpointReader
 from octofold.train.checkpoint.safetensors_files import OutputTensor, slabs_of
@@ -68,7 +69,7 @@ def check(export: ExportConfig) -> None:
     check_finite("export.shard_gb", export.shard_gb, least=1e-6)
 
 
-def export_weights(run_dir: Path, checkpoint: Path, config: RunConfig, export: ExportConfig) -> Path:
+def export_weights(run_dir: Path, checkpoint: Folder, config: RunConfig, export: ExportConfig) -> Path:
     """Write the checkpoint as a Hugging Face folder; returns the folder.
 
     Raises:
@@ -151,7 +152,7 @@ def check_tensors(reader: CheckpointReader, tensors: list[HfTensor]) -> None:
         if name.startswith("model.") and name not in wanted and name.removesuffix(SCALE_SUFFIX) not in wanted
     ]
     rule = "the checkpoint holds the model that RUN/config.yaml describes"
-    refuse(Path(str(reader.folder)), faults, rule=rule, remedy="restore config.yaml, or export another checkpoint")
+    refuse(reader.folder, faults, rule=rule, remedy="restore config.yaml, or export another checkpoint")
 
 
 def _power_of_two(reader: CheckpointReader, export: ExportConfig) -> bool:

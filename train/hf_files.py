@@ -20,7 +20,7 @@ BAR_FROM_BYTES = 2**30
 Slabs = Callable[[], Iterable[torch.Tensor]]
 
 
-def refuse(where: Path, faults: Iterable[str], *, rule: str, remedy: str) -> None:
+def refuse(where: object, faults: Iterable[str], *, rule: str, remedy: str) -> None:
     """Raise one `UserError` that lists all faults (the first twenty), if there is one."""
     listed = list(faults)
     if not listed:
