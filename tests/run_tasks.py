@@ -129,10 +129,10 @@ def run_with_nan_gradient(config: RunConfig, run_dir: Path, bad_step: int, bad_r
     trainer, applied = build(config, run_dir), list[bool]()
     step = trainer.engine.step
 
-    def spoiled_step() -> StepResult:
+    def spoiled_step(*given: Any) -> StepResult:
         if trainer.progress.step + 1 == bad_step and dist.get_rank() == bad_rank:
             next(p.grad for p in trainer.model.parameters() if p.grad is not None).mul_(float("nan"))
-        result = step()
+        result = step(*given)
         applied.append(result.applied)
         return result
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octofold.backends.errors import ConfigError
-from octofold.parallel.config import ParallelConfig
+from octofold.parallel.config import ParallelConfig, resolve
 from octofold.parallel.pipeline_split import SCHEDULES, check_pipeline, rank_of_stage, split_layers, stages_a_rank
 
 
@@ -75,7 +75,6 @@ def test_an_even_split_holds_every_layer_once_and_no_other_is_lighter(pipeline, 
         (config(2, pipeline_split=[4, 3]), 8, 8, r"pipeline_split.*8 in all"),
         (config(2, pipeline_split=[8, 0]), 8, 8, r"pipeline_split"),
         (config(2, pipeline_split=[2, 2, 4]), 8, 8, r"each of 2 stages"),
-        (config(2, accumulate="reduced"), 8, 8, r"accumulate=reduced.*once"),
         (config(4), 8, 3, r"at least 4 micro-batches for 4 stages"),
         (config(2, "interleaved"), 8, 5, r"2 rounds"),
         (config(1, pipeline_split=[8]), 8, 8, r"without a pipeline"),
@@ -87,6 +86,11 @@ def test_an_even_split_holds_every_layer_once_and_no_other_is_lighter(pipeline, 
 def test_what_cannot_run_is_refused_by_name(parallel, layers, micro_batches, words):
     with pytest.raises(ConfigError, match=f"(?s){words}"):
         check_pipeline(parallel, layers, micro_batches)
+
+
+def test_a_pipeline_that_reduces_a_micro_batch_at_a_time_is_refused():
+    with pytest.raises(ConfigError, match=r"(?s)accumulate=reduced.*once"):
+        resolve(config(2, accumulate="reduced"), 2)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
