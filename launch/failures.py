@@ -49,7 +49,11 @@ def leave_message(logs: Path, rank: int, message: str, *, is_users: bool = False
         OSError: the folder does not take it.
     """
     failure = {"time_ns": time.time_ns(), "rank": rank, "is_users": is_users, "message": message}
-    (logs / f"failure_rank_{rank}.json").write_text(json.dumps(failure), encoding="utf-8")
+    path = logs / f"failure_rank_{rank}.json"
+    # Whole or not at all: the disk may be full, and a rank that takes long over it is killed.
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(failure), encoding="utf-8")
+    draft.replace(path)
 
 
 def clear_notes(logs: Path) -> None:

@@ -1,6 +1,5 @@
 """One job a run folder: two that train into it would tear each other's checkpoints and metrics. Torch-free."""
 
-import errno
 import fcntl
 import os
 import socket
@@ -11,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from octofold.backends.errors import ConfigError
+from octofold.train.checkpoint.claim import CANNOT_LOCK
 
 LOCK = "lock"
 """Holds host and process of the job. The lock ends with its process, however that ends; the file stays."""
-_CANNOT_LOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextmanager
@@ -54,7 +53,7 @@ def _lock(descriptor: int, path: Path, wait_s: float) -> None:
                 raise ConfigError("run_dir", str(path.parent), rule, "wait for it to end, or stop it") from None
             time.sleep(0.1)
         except OSError as error:
-            if error.errno not in _CANNOT_LOCK:
+            if error.errno not in CANNOT_LOCK:
                 raise
             print(f"octofold: {path} cannot be locked: {error.strerror}; start no second job there", file=sys.stderr)
             return

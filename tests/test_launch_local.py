@@ -39,7 +39,7 @@ def train(config, run_dir, *, stop_deadline_s):
     note = lambda name, text="": (run_dir / f"{name}_{RANK}").write_text(str(text))
 
     def wait_for_rank_1():
-        while not (run_dir / "reached_1").exists():
+        while not (run_dir / f"reached_{restart}_1").exists():
             time.sleep(0.01)
         time.sleep(0.2)
 
@@ -53,12 +53,14 @@ def train(config, run_dir, *, stop_deadline_s):
         note("ready", os.getpid())
         while not got or config.name == "stubborn":
             time.sleep(0.02)
+        if (run_dir / "slow").exists():
+            time.sleep(1.0)
         note("saved", got[0])
         return Outcome(5, got[0])
     print(f"rank {RANK} computes")
     if config.name == "crash":
         if RANK == "1":
-            note("reached")
+            note(f"reached_{restart}")
             raise RuntimeError("rank one is broken")
         wait_for_rank_1()
         raise ConnectionError("lost my peer")
@@ -67,7 +69,7 @@ def train(config, run_dir, *, stop_deadline_s):
         raise UserError("the shelf is empty\\n  remedy: fill it")
     if config.name == "killed":
         if RANK == "1":
-            note("reached")
+            note(f"reached_{restart}")
             os.kill(os.getpid(), signal.SIGKILL)
         wait_for_rank_1()
         raise ConnectionError("lost my peer")
@@ -426,6 +428,15 @@ def test_a_folder_of_logs_that_cannot_be_is_named(tmp_path):
         assert done.returncode == 2
         assert f"run_dir={tmp_path}/run/logs" in done.stderr
         assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_scheduler_that_repeats_itself_does_not_cost_the_save(tmp_path):
+    """Slurm sends SIGUSR1 and then SIGTERM; timeout signals a command and then its whole group."""
+    run_dir = make_run(tmp_path, "stop")
+    signal_when_ready(run_dir, signal.SIGUSR1, signal.SIGTERM)
+    (run_dir / "slow").touch()
+    assert start_ranks(TWO_RANKS, run_dir) == Ended(0, signal.SIGUSR1)
+    assert all((run_dir / f"saved_{rank}").exists() for rank in (0, 1))
 
 
 def test_no_rank_outlives_a_killed_command(tmp_path):

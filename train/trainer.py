@@ -180,7 +180,8 @@ class Trainer:
         if self.progress.step % self.config.train.log_every == 0 or is_last or not result.applied:
             self._report(bar, losses, result, loads_GE)
         if self.guard.anomaly is not None:
-            respond(self, self.guard.anomaly, (began, self.loader.samples_seen), self._shrunk(result))
+            with self.watchdog.longer("response to an anomaly"):
+                respond(self, self.guard.anomaly, (began, self.loader.samples_seen), self._shrunk(result))
         elif not result.applied:
             said = f"gradient norm is {result.grad_norm}; the update was skipped on every rank{self._shrunk(result)}"
             self.console.warn(f"step {self.progress.step}: {said}")
@@ -296,7 +297,8 @@ class Trainer:
             with self.interval.paused():
                 anomaly = self.replicas.check()
                 if anomaly is not None:
-                    respond(self, anomaly, None)
+                    with self.watchdog.longer("response to an anomaly"):
+                        respond(self, anomaly, None)
 
     def _counts(self) -> dict[str, Any]:
         """What decides the next step beside tensors, alike on every rank."""

@@ -113,6 +113,12 @@ class Watchdog:
 
     def _break(self, quiet_s: float) -> None:
         """Write down what this rank knows, wait for the others, say who is missing, end."""
+        try:
+            self._tell(quiet_s)
+        finally:
+            self._end(HANG_STATUS)
+
+    def _tell(self, quiet_s: float) -> None:
         report = {**self.flight.report(), "quiet_s": round(quiet_s, 3), "at": self._standing()}
         try:
             self._write_stacks(quiet_s, report)
@@ -126,7 +132,6 @@ class Watchdog:
         where = f"stacks and last collectives of every rank: {self._logs}/stacks_rank_N.txt"
         phase = f"nothing has moved for {quiet_s:.1f} s ({self._phases[-1]}, after step {self._step})"
         print(f"octofold: {phase}; {text}\n  {where}", file=sys.stderr, flush=True)
-        self._end(HANG_STATUS)
 
     def _gather(self) -> dict[int, dict[str, Any]]:
         """The reports of all ranks, or of those that have written one in time."""

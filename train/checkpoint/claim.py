@@ -6,10 +6,12 @@ lock is POSIX's: it reaches over NFS, and a forked child does not hold it.) A st
 runs that begin in a store within the same second may both take it: stores have no way to tell.
 """
 
+import errno
 import fcntl
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +23,8 @@ from octofold.backends.errors import ConfigError, UserError
 from octofold.train.checkpoint.folders import Folder, LocalFolder
 
 LOCK, OWNER = ".owner", "owner.json"
+CANNOT_LOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+"""Of file systems without locks, such as Lustre mounted without flock."""
 BEAT_S = 15.0
 """How often an object is renewed; one that is not for twice as long is stale."""
 
@@ -92,6 +96,12 @@ def _locked(path: Path) -> int:
         except (BlockingIOError, PermissionError) as error:
             os.close(descriptor)
             raise BlockingIOError(*error.args) from None
+        except OSError as error:
+            if error.errno not in CANNOT_LOCK:
+                os.close(descriptor)
+                raise
+            print(f"octofold: {path} cannot be locked: {error.strerror}; start no second run there", file=sys.stderr)
+            return descriptor
         except BaseException:
             os.close(descriptor)
             raise
