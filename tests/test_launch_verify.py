@@ -103,7 +103,7 @@ def test_a_loss_that_is_not_finite_is_a_no(corpus, tmp_path, capsys):
     broken = texts(corpus, "kernels.quantize=faulty_kernels:broken")
     assert main(["verify", "precision", *broken, f"run_dir={tmp_path / 'out'}", "verify.steps=24"]) == 1
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("does FP8 train like BF16? no: FP8's loss is not finite at 19 step(s)")
+    assert line.startswith("does FP8 train like BF16? no: FP8's loss is not finite at 21 step(s)")
     assert line.endswith("; products were not measured: the FP8 run saved no checkpoint")
     assert result_of(tmp_path / "out")["unmeasured"] == "the FP8 run saved no checkpoint"
     assert len(losses(tmp_path / "out" / "bf16_again")) == 24

@@ -129,5 +129,6 @@ def test_run_without_tokenizer_or_checkpoint_is_refused(trained, root, tmp_path)
     shutil.rmtree(run_dir / "tokenizer")
     with pytest.raises(UserError, match="run/tokenizer is missing"):
         sample(config, run_dir, "the ", tokens=1, temperature=0.0, top_k=0, seed=0)
+    shutil.copytree(trained / "tokenizer", tmp_path / "tokenizer")
     with pytest.raises(UserError, match="holds no checkpoint"):
         sample(config, tmp_path, "the ", tokens=1, temperature=0.0, top_k=0, seed=0)
