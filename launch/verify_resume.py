@@ -127,7 +127,8 @@ def _plans(
         config = (_in_small if settings.twin else _as_it_is)(of_both, folder, steps, precision)
         if layout is own:
             layout = replace(config.parallel, **{name: getattr(own, name) for name in DEGREES})
-        kept = replace(config.checkpoint, every_steps=stand_at, keep=0)
+        # In folders of its own: `checkpoint.dir` may hold what the job has saved.
+        kept = replace(config.checkpoint, dir=None, every_steps=stand_at, keep=0)
         ranks = smallest_world(layout)
         return Job(validate(replace(config, parallel=layout, checkpoint=kept), ranks), ranks)
 

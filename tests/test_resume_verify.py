@@ -14,10 +14,12 @@ from octofold.launch.cli import main
 from octofold.launch.run_folder import read_config
 from octofold.launch.verify import VerifyConfig
 from octofold.launch.verify_resume import verify_resume
+from octofold.train.checkpoint.folders import folder_at
+from octofold.train.checkpoint.manifest import write_manifest
 from octofold.train.models.config import BalanceConfig
 from octofold.train.precision.config import LossScaleConfig
 from octofold.train.resume.facts import Course
-from octofold.train.resume.prove import Job, courses, judge, kill, resumed
+from octofold.train.resume.prove import Job, Proof, courses, judge, kill, resumed
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +64,26 @@ def test_no_is_an_exit_status_and_a_sentence(tmp_path, capsys):
     assert "moments of the optimiser are zero" in printed
     assert printed.splitlines()[-1] == "is a resumed run the same run? no: same_layout"
     assert answer(tmp_path / "out")["answer"] == "no"
+
+
+@pytest.mark.parametrize("small", ["true", "false"])
+def test_the_jobs_own_checkpoints_are_left_alone(small, tmp_path, monkeypatch):
+    """No run that a verification makes saves into the place of the job's, or looks there."""
+    step_3 = tmp_path / "place" / "step_3"
+    step_3.mkdir(parents=True)
+    write_manifest(folder_at(step_3), {"step": 3})
+    jobs: list[Job | None] = []
+
+    def prove(job: Job, *_: Any, other: Job | None, **__: Any) -> Proof:
+        jobs.extend([job, other])
+        return Proof(True, 0.0, 1, [], [])
+
+    monkeypatch.setattr("octofold.train.resume.prove.prove", prove)
+    texts = [*SMALL[:3], f"verify.twin={small}", "verify.resume_parallel={tensor:2}", f"checkpoint.dir={step_3.parent}"]
+    assert main(["verify", "resume", *texts, f"run_dir={tmp_path / 'out'}"]) == 0
+    assert [job and job.config.checkpoint.dir for job in jobs] == [None] * 4
+    assert all(jobs[number] is not None for number in (0, 2, 3))
+    assert [path.name for path in step_3.parent.rglob("*")] == ["step_3", "manifest.json"]
 
 
 STOOD_AT, KILLED_IN, STEPS = 2, 4, 4
