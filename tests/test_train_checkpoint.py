@@ -22,6 +22,7 @@ from octofold.train.checkpoint.manifest import read_manifest
 from octofold.train.checkpoint.storage import read_tensors
 from octofold.train.main import Outcome, train
 from octofold.train.models.registry import load_architecture
+from octofold.train.trainer import Trainer
 
 BF16: dict[str, Any] = {"precision": {"name": "bf16"}}
 
@@ -271,9 +272,27 @@ def test_resuming_an_earlier_step_sets_later_ones_aside(trained, root, tmp_path)
     run_tasks.alone(run_tasks.run, config, run_dir, 2)
     assert newest(run_dir).name == "step_2"
     names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-    assert names == ["step_2", "step_3.left_at_2"]
-    left, original = tensors_of(run_dir / "checkpoints" / names[1]), tensors_of(trained / "checkpoints" / "step_3")
+    assert names == ["step_2", "step_2.left_at_1", "step_3.left_at_1"]
+    left, original = tensors_of(run_dir / "checkpoints" / names[2]), tensors_of(trained / "checkpoints" / "step_3")
     assert all(np.array_equal(left[name], original[name]) for name in original)
+
+
+def test_later_steps_are_set_aside_before_the_first_step(trained, root, tmp_path, monkeypatch):
+    """A run that dies before it has saved anything does not return to the course that was left."""
+    run_dir = Path(shutil.copytree(trained, tmp_path / "run"))
+    config = tiny_run(root, resume=str(run_dir / "checkpoints" / "step_1"), **BF16)
+
+    def die(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "step", die)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(config, run_dir)
+        assert steps_of(run_dir) == [1]
+        shutil.copytree(trained / "checkpoints" / "step_3", run_dir / "checkpoints" / "step_3")
+    aside = {"step_2.left_at_1", "step_3.left_at_1", "step_3.left_at_1.2"}
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step_1", "step_3", *aside}
 
 
 def test_half_removed_checkpoint_is_not_listed(trained, tmp_path):

@@ -131,6 +131,8 @@ class Trainer:
     def run(self, stop: StopSignals) -> bool:
         """Train to the configured number of steps; False: stopped by a signal. Saves in both cases."""
         train = self.config.train
+        with self.watchdog.longer("save"):
+            self.checkpointer.begin(self.progress.step)
         self.interval.start()
         with (
             self.console.progress(train.steps, self.progress.step) as bar,

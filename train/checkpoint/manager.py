@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,7 +22,7 @@ from octofold.backends.host_group import host_group
 from octofold.backends.observing import unobserved
 from octofold.train.checkpoint.checksums import DamagedError
 from octofold.train.checkpoint.claim import claimed
-from octofold.train.checkpoint.folders import Folder, folder_at
+from octofold.train.checkpoint.folders import Folder, LocalFolder, folder_at
 from octofold.train.checkpoint.manifest import MANIFEST, Manifest, write_manifest
 from octofold.train.checkpoint.retention import retired
 from octofold.train.checkpoint.storage import Ranks, read_tensors
@@ -109,6 +110,13 @@ def owned(run_dir: Path, config: CheckpointConfig, *, begins: bool) -> Iterator[
 
         Ranks(None).first(take)
         yield
+
+
+def _is_in(folder: Folder, place: Folder) -> bool:
+    """Whether a folder lies right in a place, by whatever path it was named."""
+    if isinstance(folder, LocalFolder) and isinstance(place, LocalFolder):
+        return folder.path.resolve().parent == place.path.resolve()
+    return folder.parent == place
 
 
 class Checkpointer:
@@ -207,6 +215,28 @@ class Checkpointer:
                 self.warn(f"{Skipped(folder, str(error))}; the next older checkpoint is tried")
         raise nothing_valid(where, skipped)
 
+    def begin(self, step: int) -> None:
+        """Training begins at `step`, which `load` has loaded, or at 0: nothing returns to a course that was left.
+
+        Where a run continues from one of its own checkpoints, its later ones are set aside.
+
+        Raises:
+            UserError: they cannot be.
+        """
+        self._finish()
+
+        def leave() -> None:
+            if self.last is None or not _is_in(self.last, self.checkpoints):
+                return
+            try:
+                self._leave(step)
+            except OSError as error:
+                rule = f"checkpoints later than step {step} are set aside when a run continues from there: {error}"
+                raise ConfigError("checkpoint.dir", str(self.checkpoints), rule, "mend permissions") from None
+
+        with unobserved():
+            Ranks(self._group()).first(leave)
+
     def trained(self, up_to: int) -> list[Folder]:
         """The run's valid checkpoints that training can go back to, newest first, none of a later step.
 
@@ -299,18 +329,25 @@ class Checkpointer:
             self.warn(f"{self.checkpoints}: what is no longer needed could not be removed: {error}")
 
     def _retire(self, step: int) -> None:
-        """Remove what is no longer kept, where `step` is the newest of the course.
-
-        Later steps belong to a course that was left when the run was resumed from an earlier checkpoint, and would be
-        taken for the newest. They are set aside: nobody asked to delete them.
-        """
+        """Remove what is no longer kept, where `step` is the newest of the course."""
+        self._leave(step)
         valid, skipped = valid_checkpoints(self.checkpoints)
-        for later in [number for number in [*valid, *(s.step for s in skipped)] if number > step]:
-            self.checkpoints.set_aside(f"step_{later}", f"step_{later}.left_at_{step}", MANIFEST)
-        times = {number: manifest.saved_at_s for number, manifest in valid.items() if number <= step}
-        old, broken = retired(self.config, times, [s.step for s in skipped if s.step < step], time.time())
+        times = {number: manifest.saved_at_s for number, manifest in valid.items()}
+        old, broken = retired(self.config, times, [s.step for s in skipped], time.time())
         for number in [*broken, *old]:
             self.checkpoints.withdraw(f"step_{number}", MANIFEST)
+
+    def _leave(self, step: int) -> None:
+        """Set aside what is later than `step`, where the run stands.
+
+        It belongs to a course that was left when the run was resumed from an earlier checkpoint, and would be taken
+        for the newest. Nobody asked to delete it.
+        """
+        taken = set(self.checkpoints.folders())
+        for later in [number for number in step_folders(self.checkpoints) if number > step]:
+            aside = f"step_{later}.left_at_{step}"
+            aside = next(name for name in chain([aside], (f"{aside}.{n}" for n in count(2))) if name not in taken)
+            self.checkpoints.set_aside(f"step_{later}", aside, MANIFEST)
 
     def _unwritable(self) -> UserError:
         assert self._failed is not None
