@@ -239,6 +239,24 @@ def test_what_is_not_valid_stays_until_two_newer_are(run_dir):
     assert names() == ["step_1", "step_3", "step_4"]
 
 
+def test_what_loading_found_damaged_does_not_count_as_kept(run_dir):
+    """By its size it is whole; it must not push out the one that the run was continued from."""
+    shard = files(run_dir)[1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+
+    def go_on() -> list[str]:
+        checkpointer = Checkpointer(run_dir, CheckpointConfig(keep=2), torch.device("cpu"))
+        tensors = {name: torch.empty_like(tensor) for name, tensor in TENSORS.items()}
+        assert checkpointer.load(run_dir, tensors).state["step"] == 1
+        checkpointer.save(3, TENSORS, {"step": 3})
+        checkpointer.wait()
+        return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+    assert run_tasks.alone(go_on) == ["step_1", "step_2", "step_3"]
+
+
 def own(folder: Path, begun: Any, end: Any) -> None:
     with claimed(folder_at(folder)):
         begun.set()

@@ -144,6 +144,8 @@ class Checkpointer:
         """The newest that this run has published or loaded, so far as ranks know of it."""
         self.skipped: list[Skipped] = []
         """What the last `load` passed over."""
+        self._damaged: set[int] = set()
+        """Steps that pass the cheap check, and turned out to be damaged when they were loaded."""
         self.failures = 0
         """Saves in a row that failed."""
         self._made_by, self.warn = made_by or {}, warn
@@ -268,7 +270,12 @@ class Checkpointer:
     ) -> Loaded:
         if manifest.state.get("weights_only"):
             tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
-        read_tensors(folder, tensors, whole=whole, manifest=manifest, group=group)
+        try:
+            read_tensors(folder, tensors, whole=whole, manifest=manifest, group=group)
+        except DamagedError:
+            if _is_in(folder, self.checkpoints):
+                self._damaged.add(Skipped(folder, "").step)
+            raise
         self.last = folder
         step = manifest.state.get("step", -1)
         self.skipped = [s for s in skipped if s.step > step]
@@ -331,9 +338,11 @@ class Checkpointer:
     def _retire(self, step: int) -> None:
         """Remove what is no longer kept, where `step` is the newest of the course."""
         self._leave(step)
+        self._damaged.discard(step)
         valid, skipped = valid_checkpoints(self.checkpoints)
-        times = {number: manifest.saved_at_s for number, manifest in valid.items()}
-        old, broken = retired(self.config, times, [s.step for s in skipped], time.time())
+        invalid = {s.step for s in skipped} | self._damaged & valid.keys()
+        times = {number: manifest.saved_at_s for number, manifest in valid.items() if number not in invalid}
+        old, broken = retired(self.config, times, invalid, time.time())
         for number in [*broken, *old]:
             self.checkpoints.withdraw(f"step_{number}", MANIFEST)
 
