@@ -18,7 +18,7 @@ from octofold.backends.errors import UserError
 from octofold.train.checkpoint import checksums
 from octofold.train.checkpoint.checksums import DamagedError
 from octofold.train.checkpoint.claim import claimed
-from octofold.train.checkpoint.folders import folder_at
+from octofold.train.checkpoint.folders import LocalFolder, folder_at
 from octofold.train.checkpoint.manager import Checkpointer
 from octofold.train.checkpoint.manifest import read_manifest
 from octofold.train.checkpoint.retention import retired
@@ -255,6 +255,25 @@ def test_what_loading_found_damaged_does_not_count_as_kept(run_dir):
         return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
     assert run_tasks.alone(go_on) == ["step_1", "step_2", "step_3"]
+
+
+@pytest.mark.parametrize("left", ["removed", "partial"])
+def test_a_checkpoint_that_a_crash_took_the_name_of_gets_it_back(left, run_dir):
+    checkpoints = run_dir / "checkpoints"
+    (checkpoints / "step_2").rename(checkpoints / f".step_2.{left}")
+    shutil.copytree(checkpoints / "step_1", checkpoints / ".step_9.partial")  # of another step
+    save(run_dir, 3, keep=0)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_1", "step_2", "step_3"]
+    assert load(checkpoints / "step_2")[0] == 2
+
+
+def test_leftovers_that_cannot_be_removed_fail_no_save(run_dir, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(LocalFolder, "sweep", refuse)
+    save(run_dir, 3)
+    assert find_valid(run_dir).path.name == "step_3"
 
 
 def own(folder: Path, begun: Any, end: Any) -> None:

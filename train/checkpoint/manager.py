@@ -172,7 +172,7 @@ class Checkpointer:
         else:
             shards = {name: shard_of(tensor) for name, tensor in tensors.items()}
         planner = ShardPlanner(tensors, shards)
-        writer = CheckpointWriter(self.checkpoints, f"step_{step}", state, self._made_by)
+        writer = CheckpointWriter(self.checkpoints, f"step_{step}", state, self._made_by, self.warn)
         self._save = save
         thread = threading.Thread(target=self._write, args=(save, planner, writer, group), name=f"save {step}")
         thread.daemon = True

@@ -5,8 +5,10 @@ all of them when one fails. Each rank writes one safetensors file; a shard's pla
 """
 
 import json
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import chain
 from math import prod
 from typing import Any
@@ -20,13 +22,17 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from octofold.train.checkpoint.checksums import BLOCK_BYTES, BlockSums, FileRecord
+from octofold.train.checkpoint.checksums import BLOCK_BYTES, BlockSums, DamagedError, FileRecord
 from octofold.train.checkpoint.folders import Folder
-from octofold.train.checkpoint.manifest import MANIFEST, SUFFIX, Manifest
+from octofold.train.checkpoint.manifest import MANIFEST, SUFFIX, Manifest, read_manifest
 from octofold.train.checkpoint.safetensors_files import METADATA, NAMES
 
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 """Where torch's reader looks for the place of each shard in its whole (torch/distributed/checkpoint/hf_storage.py)."""
+
+
+_LEFT = re.compile(r"\.(step_\d+)\.(?:partial|removed)")
+"""On a disk, what a save or a removal that was cut short leaves behind."""
 
 
 class HostCopies:
@@ -92,7 +98,15 @@ def _numel(item: WriteItem) -> int:
 class CheckpointWriter(StorageWriter):
     """Writes one checkpoint, each rank its file; the first rank begins and publishes it."""
 
-    def __init__(self, checkpoints: Folder, name: str, state: dict[str, Any], made_by: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        checkpoints: Folder,
+        name: str,
+        state: dict[str, Any],
+        made_by: dict[str, Any],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._warn = warn
         self._checkpoints, self._name, self._state, self._made_by = checkpoints, name, state, made_by
         self.manifest: Manifest | None = None
         """On the first rank, once published."""
@@ -109,10 +123,28 @@ class CheckpointWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """On the first rank: make the folder, and name the ranks' files."""
-        self._checkpoints.sweep()
+        try:
+            self._recover()
+            self._checkpoints.sweep()
+        except OSError as error:
+            self._warn(f"{self._checkpoints}: what earlier saves left behind could not be removed: {error}")
         self._checkpoints.begin(self._name, MANIFEST)
         names = [f"shard-{rank:05}-of-{len(plans):05}{SUFFIX}" for rank in range(1, len(plans) + 1)]
         return [SavePlan(plan.items, storage_data=name) for plan, name in zip(plans, names, strict=True)]
+
+    def _recover(self) -> None:
+        """Give a checkpoint its name back that is complete and lost it in a crash between two renames."""
+        names = set(self._checkpoints.folders())
+        # What was published before what was about to replace it.
+        for left in sorted(names, key=lambda name: name.endswith(".partial")):
+            match = _LEFT.fullmatch(left)
+            if match is None or match[1] in names:
+                continue
+            with suppress(DamagedError):
+                state = read_manifest(self._checkpoints / left).state
+                if f"step_{state.get('step')}" == match[1]:
+                    self._checkpoints.set_aside(left, match[1], MANIFEST)
+                    names.add(match[1])
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's file, unless it has nothing to write."""
