@@ -8,7 +8,6 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
-from octofold.backends import gloo
 from octofold.backends.collectives import Group, world
 
 _groups: WeakKeyDictionary[Group, Group] = WeakKeyDictionary()
@@ -22,7 +21,8 @@ def host_group(timeout: timedelta) -> Group:
         timeout: of a call; a rank waits in it for what the slowest one does.
     """
     if world() not in _groups:
-        group = dist.new_group(backend=gloo.register(), timeout=timeout, group_desc="host")
+        # With a device of its own (not backends/gloo.py): two threads then share nothing of gloo's.
+        group = dist.new_group(backend="gloo", timeout=timeout, group_desc="host")
         assert isinstance(group, dist.ProcessGroup)
         _groups[world()] = group
     return _groups[world()]

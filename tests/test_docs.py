@@ -48,7 +48,7 @@ def test_command(command: str, folder: Path) -> None:
         "PATH": f"{here}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(folder),
     }
-    done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     if "run_dir=" in command:
         run = folder / command.split("run_dir=")[1].split()[0]
