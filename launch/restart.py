@@ -64,6 +64,15 @@ def _newest(run_dir: Path, config: JobConfig) -> Folder | None:
     return checkpoints / f"step_{max(valid)}" if valid else None
 
 
+def has_saved(run_dir: Path, config: JobConfig) -> bool:
+    """Whether the job that began here (`mark_start`), or another attempt of it, has published a checkpoint."""
+    try:
+        newest = _newest(run_dir, config)
+        return newest is not None and newest.read(MANIFEST) != (run_dir / _BEGAN).read_bytes()
+    except OSError:
+        return True  # A place out of reach may well hold one.
+
+
 def leave_mistake(run_dir: Path, error: UserError) -> None:
     """Tell the attempts that a launcher will start, for all it knows, that they would end in the same way."""
     if "TORCHELASTIC_RESTART_COUNT" in os.environ:

@@ -96,14 +96,18 @@ def write_config(run_dir: Path, config: JobConfig) -> str | None:
     return previous
 
 
-def restore_config(run_dir: Path, previous: str | None) -> None:
+def restore_config(run_dir: Path, previous: str | None, directory: str | None = None) -> None:
     """Undo `write_config` after a job that the user's mistake stopped, so that the next attempt meets no trace of it.
 
-    A run that has saved a checkpoint keeps its config.yaml: without it the checkpoint could not be continued.
+    A run that has saved a checkpoint keeps a config.yaml: without it the checkpoint could not be continued. Not for a
+    job that has saved one itself: what it was written with stays.
+
+    Args:
+        directory: the run's `checkpoint.dir`.
     """
     if previous is not None:
         _replace(run_dir / CONFIG_NAME, previous)
-    elif not has_checkpoint(run_dir):
+    elif not has_checkpoint(run_dir, directory):
         (run_dir / CONFIG_NAME).unlink(missing_ok=True)
 
 
@@ -119,9 +123,9 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: (len(path.name), path.name))  # step_9 before step_10
 
 
-def has_checkpoint(run_dir: Path) -> bool:
-    """Whether the run can be resumed."""
-    return bool(checkpoints(run_dir))
+def has_checkpoint(run_dir: Path, directory: str | None = None) -> bool:
+    """Whether the run can be resumed; `directory` is its `checkpoint.dir`."""
+    return bool(saved_checkpoints(run_dir, directory))
 
 
 def saved_checkpoints(run_dir: Path, directory: str | None = None) -> list[Folder]:

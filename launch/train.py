@@ -15,7 +15,7 @@ from octofold.launch.config import JobConfig
 from octofold.launch.failures import USERS_MISTAKE
 from octofold.launch.job import Job, draft, settle
 from octofold.launch.local import Ended, Joined, join, start_ranks
-from octofold.launch.restart import after_restart, leave_mistake, mark_start, restarts
+from octofold.launch.restart import after_restart, has_saved, leave_mistake, mark_start, restarts
 from octofold.launch.run_folder import config_node, default_run_dir, make_run_folder, restore_config, write_config
 from octofold.launch.run_lock import locked
 from octofold.train.history import append
@@ -119,17 +119,23 @@ def _start(job: Job, in_process: bool) -> Ended:
 
 
 def _run_locked(config: JobConfig, run_dir: Path, in_process: bool) -> Ended:
+    if not restarts():
+        mark_start(run_dir, config)
     previous = write_config(run_dir, config)
     try:
-        if not restarts():
-            mark_start(run_dir, config)
         ended = _train_here(config, run_dir) if in_process else start_ranks(config.launch, run_dir)
     except UserError:
-        restore_config(run_dir, previous)
+        _undo(config, run_dir, previous)
         raise
     if ended.status == USERS_MISTAKE:
-        restore_config(run_dir, previous)
+        _undo(config, run_dir, previous)
     return ended
+
+
+def _undo(config: JobConfig, run_dir: Path, previous: str | None) -> None:
+    """After a user's mistake: the config.yaml of before, unless a checkpoint was saved with the new one."""
+    if not has_saved(run_dir, config):
+        restore_config(run_dir, previous, config.checkpoint.dir)
 
 
 def _tell_changes(job: Job, run_dir: Path) -> None:

@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 
 from octofold.backends.errors import UserError
+from octofold.launch import train
 from octofold.launch.config import JobConfig
-from octofold.launch.restart import after_restart, leave_mistake, mark_start, restarts
+from octofold.launch.restart import after_restart, has_saved, leave_mistake, mark_start, restarts
+from octofold.launch.run_folder import read_config
 from octofold.train.checkpoint.folders import folder_at
 from octofold.train.checkpoint.manifest import write_manifest
 
@@ -75,3 +77,39 @@ def test_a_users_mistake_is_told_at_once(job, tmp_path, monkeypatch):
         after_restart(job, tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
     assert after_restart(job, tmp_path) == job
+
+
+@pytest.mark.parametrize("directory", [None, "store"])
+def test_a_job_that_saved_keeps_its_configuration_whatever_ends_it(job, tmp_path, monkeypatch, directory):
+    """A start that saved nothing leaves no trace; after one that did, its checkpoints are of its config.yaml."""
+    place = tmp_path / (directory or "checkpoints")
+    checkpoint = replace(job.checkpoint, dir=directory and str(place))
+    job, saves = replace(job, checkpoint=checkpoint), []
+
+    def ends_by_a_mistake(config, run_dir):
+        for step in saves:
+            save(place, step)
+        raise UserError("the shelf is full")
+
+    def start(steps):
+        with pytest.raises(UserError, match="shelf"):
+            train._run_locked(replace(job, train=replace(job.train, steps=steps)), tmp_path, in_process=True)
+
+    monkeypatch.setattr(train, "_train_here", ends_by_a_mistake)
+    start(10)
+    assert not (tmp_path / "config.yaml").exists()
+    saves.append(4)
+    start(20)
+    assert read_config(tmp_path).train.steps == 20
+    saves.clear()
+    start(30)
+    assert read_config(tmp_path).train.steps == 20
+    saves.append(8)
+    start(40)
+    assert read_config(tmp_path).train.steps == 40
+
+
+def test_a_place_out_of_reach_may_hold_what_was_saved(job, tmp_path):
+    assert not has_saved(tmp_path, job)
+    save(tmp_path / "checkpoints", 4)
+    assert has_saved(tmp_path, job), "nothing is known of how it began"

@@ -126,3 +126,10 @@ def test_restoring_undoes_a_failed_attempt_but_never_strands_a_checkpoint(tmp_pa
     add_checkpoint(tmp_path, 1)
     restore_config(tmp_path, None)
     assert read_config(tmp_path).name == "first"
+
+
+def test_restoring_finds_checkpoints_that_lie_elsewhere(tmp_path):
+    add_checkpoint(tmp_path / "store", 1)
+    write_config(tmp_path, JobConfig(name="first"))
+    restore_config(tmp_path, None, str(tmp_path / "store" / "checkpoints"))
+    assert read_config(tmp_path).name == "first"
