@@ -1,6 +1,6 @@
 """What a configuration changes of a saved run, key by key, and what that does to the run's course. Torch-free.
 
-A resumed run is the same run, so each key that differs from the saved config.yaml is one of these (`EFFECTS`):
+A resumed run is the same run, so each key that differs from what its checkpoint was saved with is one of `EFFECTS`:
 
     none      the course is the same to the bit: folders, logging, checkpoints, how many threads read data
     rounding  the same within what layouts promise: degrees of parallelism, micro-batches, providers of kernels, device
@@ -110,7 +110,8 @@ def require_allowed(changes: Sequence[Change], allowed: Sequence[str], where: st
     listed = "\n".join(f"  {change}  ({EFFECTS[change.effect]})" for change in changes if change.key != "resume")
     rule = "a resumed run is the same run; what changes its course is allowed by name, and its model stays"
     names = ",".join([*allowed, *(change.key for change in refused if change.effect == "course")])
-    remedies = ["leave the values as they were", "begin a run in another run_dir"]
+    values = " ".join(f"{change.key}={shown(change.saved)}" for change in refused)
+    remedies = [f"leave the values as they were: {values}", "begin a run in another run_dir"]
     if not any(change.effect == "model" for change in refused):
         remedies.insert(1, f"allow them: 'resume_allow=[{names}]'")
     remedy = f"{', '.join(remedies[:-1])}, or {remedies[-1]}"

@@ -9,7 +9,8 @@ from octofold.launch.changes import Change, check_names, differences, require_al
 from octofold.launch.compose import apply, compose, parse
 from octofold.launch.config import JobConfig
 from octofold.launch.config import check as check_launch
-from octofold.launch.run_folder import latest_run, read_config, saved_checkpoints
+from octofold.launch.run_folder import latest_run, read_config, saved_checkpoints, with_saved_values
+from octofold.train.checkpoint.validity import candidates
 from octofold.train.config import validate
 from octofold.train.models.config import ModelConfig
 
@@ -143,7 +144,9 @@ def _automatic(config: JobConfig) -> JobConfig:
 
 
 def _allowed_changes(config: JobConfig) -> tuple[Change, ...]:
-    """What differs from the saved run that `config.resume` continues.
+    """What differs from the values that the checkpoint was saved with, which `config.resume` continues.
+
+    Format 1 of the manifest does not tell; then from the run's config.yaml.
 
     Raises:
         UserError: something that may not.
@@ -152,7 +155,11 @@ def _allowed_changes(config: JobConfig) -> tuple[Change, ...]:
         return ()
     run_dir = Path(str(config.run_dir)).expanduser().absolute()
     before = read_config(run_dir)
-    changes = [change for change in differences(before, config) if change.key not in ASKED_EACH_TIME]
+    found, _ = candidates(config.resume)
+    # An earlier start may have changed config.yaml and saved nothing, and an older checkpoint has values of its own.
+    made_with = found[0][1].made_by.get("config") if found else None
+    saved = with_saved_values(before, made_with) if made_with else before
+    changes = [change for change in differences(saved, config) if change.key not in ASKED_EACH_TIME]
     begun = any(checkpoint.name != FIRST for checkpoint in saved_checkpoints(run_dir, before.checkpoint.dir))
     require_allowed(changes, config.resume_allow, str(run_dir), begun=begun)
     return tuple(changes)

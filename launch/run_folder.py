@@ -88,6 +88,29 @@ def read_config(run_dir: Path) -> JobConfig:
     return config
 
 
+def with_saved_values(config: JobConfig, saved: dict[str, Any]) -> JobConfig:
+    """A job with the values that a manifest tells of (`made_by["config"]`); the others, and all where they do not fit
+    this version's types, stay as they are."""
+    node = config_node(config)
+    try:
+        known = _known(_literal(saved), node)
+        values = OmegaConf.to_object(OmegaConf.merge(node, known))
+    except CONFIG_ERRORS:
+        return config
+    assert isinstance(values, JobConfig)
+    return values
+
+
+def _known(values: dict[str, Any], node: DictConfig) -> dict[str, Any]:
+    """What has a key in a typed node, section by section."""
+    known = {}
+    for key in values.keys() & set(map(str, node)):
+        inner = node[key]
+        is_section = isinstance(inner, DictConfig) and OmegaConf.get_type(inner) is not dict
+        known[key] = _known(values[key], inner) if is_section else values[key]
+    return known
+
+
 def write_config(run_dir: Path, config: JobConfig) -> str | None:
     """Write config.yaml, whole or not at all; returns what stood there before, for `restore_config`."""
     path = run_dir / CONFIG_NAME

@@ -1,6 +1,6 @@
 """What `octofold train` settles on: new jobs proved by every rule, and saved runs continued or refused."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -170,11 +170,11 @@ def test_an_unknown_name_is_not_allowed(run_dir):
         settle([f"resume={run_dir}", "resume_allow=[optim.lrr]"])
 
 
-def publish(checkpoints, step, saved_at_s):
+def publish(checkpoints, step, saved_at_s, **made_by):
     """A valid checkpoint that holds no tensor."""
     folder = checkpoints / f"step_{step}"
     folder.mkdir(parents=True)
-    (folder / MANIFEST).write_bytes(Manifest(state={"step": step}, files={}, saved_at_s=saved_at_s).sealed())
+    (folder / MANIFEST).write_bytes(Manifest({"step": step}, {}, made_by, saved_at_s).sealed())
 
 
 def test_latest_is_the_run_that_saved_last(job, tmp_path, monkeypatch):
@@ -197,6 +197,31 @@ def test_latest_is_the_run_that_saved_last(job, tmp_path, monkeypatch):
         "latest",
         True,
     )
+
+
+def test_a_checkpoint_is_held_to_the_values_it_was_saved_with(job, tmp_path):
+    """Not to those of a start that was allowed a change and saved nothing, nor to those of a later checkpoint."""
+    run = tmp_path / "run"
+    for step, lr in ((5, 1e-3), (10, 2e-3)):
+        config = asdict(replace(job, run_dir=str(run), optim=replace(job.optim, lr=lr, weight_decay=0.0)))
+        publish(run / "checkpoints", step, float(step), config=config | {"a_key_of_yesterday": 1})
+    write_config(run, replace(job, run_dir=str(run), optim=replace(job.optim, lr=3e-3, weight_decay=0.0)))
+    with pytest.raises(UserError, match=r"(?s)optim\.lr: 0\.002 -> 0\.003.*as they were: optim\.lr=0\.002"):
+        settle([f"resume={run}"])
+    assert [*map(str, settle([f"resume={run}", "resume_allow=[optim.lr]"]).changes)] == ["optim.lr: 0.002 -> 0.003"]
+    assert settle([f"resume={run}", "optim.lr=2e-3"]).changes == ()
+    with pytest.raises(UserError, match=r"optim\.lr: 0\.001 -> 0\.002"):
+        settle([f"resume={run}/checkpoints/step_5", "optim.lr=2e-3"])
+    assert settle([f"resume={run}/checkpoints/step_5", "optim.lr=1e-3"]).changes == ()
+
+
+@pytest.mark.parametrize("config", [None, {"optim": {"lr": "fast"}}, {"optim": None}])
+def test_a_checkpoint_that_does_not_tell_its_values_is_held_to_the_runs(job, tmp_path, config):
+    publish(tmp_path / "checkpoints", 5, 1.0, **({} if config is None else {"config": config}))
+    write_config(tmp_path, replace(job, run_dir=str(tmp_path)))
+    assert settle([f"resume={tmp_path}"]).changes == ()
+    with pytest.raises(UserError, match=r"optim\.lr: 0\.002 -> 0\.003"):
+        settle([f"resume={tmp_path}", "optim.lr=3e-3"])
 
 
 def test_checkpoints_elsewhere_are_found(job, tmp_path, monkeypatch):
