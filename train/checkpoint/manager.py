@@ -208,13 +208,19 @@ class Checkpointer:
         self._finish()
         ranks = Ranks(self._group())
         # The first rank looks, so that all see the same even while somebody writes.
-        found, skipped = ranks.first(lambda: candidates(where))
+        found, incomplete = ranks.first(lambda: candidates(where))
+        skipped = incomplete
         for folder, manifest in found:
             try:
-                return self._load(folder, manifest, tensors, ranks.group, whole=whole, skipped=skipped)
+                loaded = self._load(folder, manifest, tensors, ranks.group, whole=whole, skipped=skipped)
             except DamagedError as error:
                 skipped = [*skipped, Skipped(folder, str(error))]
                 self.warn(f"{Skipped(folder, str(error))}; the next older checkpoint is tried")
+                continue
+            for passed in loaded.skipped:
+                if passed in incomplete:
+                    self.warn(f"{passed}; passed over")
+            return loaded
         raise nothing_valid(where, skipped)
 
     def begin(self, step: int) -> None:
