@@ -9,7 +9,8 @@ from octofold.launch.changes import Change, check_names, differences, require_al
 from octofold.launch.compose import apply, compose, parse
 from octofold.launch.config import JobConfig
 from octofold.launch.config import check as check_launch
-from octofold.launch.run_folder import latest_run, read_config, saved_checkpoints, with_saved_values
+from octofold.launch.run_folder import CONFIG_NAME, latest_run, read_config, saved_checkpoints, with_saved_values
+from octofold.train.checkpoint.folders import Folder
 from octofold.train.checkpoint.validity import candidates
 from octofold.train.config import validate
 from octofold.train.models.config import ModelConfig
@@ -114,7 +115,7 @@ def _continued(asked: str, texts: Sequence[str]) -> JobConfig:
     is_checkpoint = path.parent.name == "checkpoints"
     run_dir = path.parent.parent if is_checkpoint else path
     saved = read_config(run_dir)
-    found = saved_checkpoints(run_dir, saved.checkpoint.dir)
+    place, found = _place(run_dir, [saved.checkpoint.dir])
     if not found:
         rule, remedy = "the run has saved no checkpoint", f"start it over with run_dir={run_dir} resume=auto"
         raise ConfigError("resume", asked, rule, remedy)
@@ -129,8 +130,7 @@ def _continued(asked: str, texts: Sequence[str]) -> JobConfig:
     if config.run_dir != saved.run_dir and Path(str(config.run_dir)).expanduser().absolute() != run_dir:
         shown = f"resume={asked} run_dir={config.run_dir}"
         raise ConfigError("run_dir", shown, "a continued run stays in its folder", "leave run_dir out")
-    place = str(named) if is_checkpoint else saved.checkpoint.dir or str(run_dir)
-    return replace(config, run_dir=str(run_dir), resume=place)
+    return replace(config, run_dir=str(run_dir), resume=str(named) if is_checkpoint else place)
 
 
 def _automatic(config: JobConfig) -> JobConfig:
@@ -139,8 +139,24 @@ def _automatic(config: JobConfig) -> JobConfig:
         rule = "resume=auto looks for a checkpoint in run_dir, and run_dir=null makes a new folder each time"
         raise ConfigError("resume", "auto", rule, "add run_dir=FOLDER")
     run_dir = Path(config.run_dir).expanduser().absolute()
-    directory = config.checkpoint.dir
-    return replace(config, resume=(directory or str(run_dir)) if saved_checkpoints(run_dir, directory) else None)
+    # What is configured now comes second: it may be a place that this run has never saved to.
+    before = [read_config(run_dir).checkpoint.dir] if (run_dir / CONFIG_NAME).is_file() else []
+    place, found = _place(run_dir, [*before, config.checkpoint.dir])
+    return replace(config, resume=place if found else None)
+
+
+def _place(run_dir: Path, directories: Sequence[str | None]) -> tuple[str, list[Folder]]:
+    """The first place that holds checkpoints of a run, and its checkpoints, oldest first; the run's folder comes last.
+
+    A start that changed `checkpoint.dir` and saved nothing leaves them where they were.
+
+    Args:
+        directories: values of `checkpoint.dir`.
+    """
+    for directory in directories:
+        if found := saved_checkpoints(run_dir, directory):
+            return directory or str(run_dir), found
+    return str(run_dir), saved_checkpoints(run_dir)
 
 
 def _allowed_changes(config: JobConfig) -> tuple[Change, ...]:
@@ -160,6 +176,7 @@ def _allowed_changes(config: JobConfig) -> tuple[Change, ...]:
     made_with = found[0][1].made_by.get("config") if found else None
     saved = with_saved_values(before, made_with) if made_with else before
     changes = [change for change in differences(saved, config) if change.key not in ASKED_EACH_TIME]
-    begun = any(checkpoint.name != FIRST for checkpoint in saved_checkpoints(run_dir, before.checkpoint.dir))
+    _, published = _place(run_dir, [before.checkpoint.dir, config.checkpoint.dir])
+    begun = any(checkpoint.name != FIRST for checkpoint in published)
     require_allowed(changes, config.resume_allow, str(run_dir), begun=begun)
     return tuple(changes)

@@ -239,6 +239,24 @@ def test_checkpoints_elsewhere_are_found(job, tmp_path, monkeypatch):
     assert (named.run_dir, named.resume) == (str(tmp_path / "run"), str(tmp_path / "store" / "step_5"))
 
 
+def test_a_run_that_is_to_save_elsewhere_goes_on_from_where_it_saved(job, tmp_path):
+    """With resume=auto it began anew in silence, or took what lay in the other place for its own."""
+    run, store = tmp_path / "run", tmp_path / "store"
+    auto = ["resume=auto", f"run_dir={run}", "train.seed=3"]
+    publish(run / "checkpoints", 5, 1.0)
+    write_config(run, replace(job, run_dir=str(run)))
+    changed = settle([*auto, f"checkpoint.dir={store}"])
+    assert (changed.config.resume, changed.config.checkpoint.dir) == (str(run), str(store))
+    assert f"checkpoint.dir: null -> {store}" in map(str, changed.changes)
+    # Ended before it saved there.
+    write_config(run, changed.config)
+    assert settle([*auto, f"checkpoint.dir={store}"]).config.resume == str(run)
+    assert settle([f"resume={run}"]).config.resume == str(run)
+    publish(store, 10, 2.0)
+    for texts in ([*auto, f"checkpoint.dir={store}"], auto, [f"resume={run}"]):
+        assert settle(texts).config.resume == str(store), "also where checkpoint.dir is left out again"
+
+
 def test_paths_of_data_are_kept_absolute(tmp_path, monkeypatch):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.txt").write_text("text")
