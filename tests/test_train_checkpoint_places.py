@@ -70,6 +70,11 @@ def test_a_store_holds_checkpoints_like_a_disk(url, world_of_one):
     saver.wait()
     assert find_valid(url).path.name == "step_2"
     assert "manifest.json.aside" in (folder_at(url) / "step_3").sizes()
+    for step in (4, 5, 6):
+        save(saver, step)
+    saver.wait()
+    assert sorted(folder_at(url).folders()) == ["step_3", "step_5", "step_6"]
+    assert "manifest.json.aside" in (folder_at(url) / "step_3").sizes(), "nobody deletes what is set aside"
 
 
 def test_a_damaged_object_is_passed_over(url, world_of_one):

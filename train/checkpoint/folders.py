@@ -16,6 +16,9 @@ from typing import IO, Any, Protocol
 from octofold.backends.errors import UserError
 from octofold.train.checkpoint.exchange import exchange
 
+ASIDE = ".aside"
+"""Ends the name of the manifest of a checkpoint that is set aside in a store, which cannot rename the folder."""
+
 
 class Reader(Protocol):
     """A file open for reading at any place."""

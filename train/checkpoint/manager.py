@@ -22,7 +22,7 @@ from octofold.backends.host_group import host_group
 from octofold.backends.observing import unobserved
 from octofold.train.checkpoint.checksums import DamagedError
 from octofold.train.checkpoint.claim import claimed
-from octofold.train.checkpoint.folders import Folder, LocalFolder, folder_at
+from octofold.train.checkpoint.folders import ASIDE, Folder, LocalFolder, folder_at
 from octofold.train.checkpoint.manifest import MANIFEST, Manifest, write_manifest
 from octofold.train.checkpoint.retention import retired
 from octofold.train.checkpoint.storage import Ranks, read_tensors
@@ -346,7 +346,7 @@ class Checkpointer:
         self._leave(step)
         self._damaged.discard(step)
         valid, skipped = valid_checkpoints(self.checkpoints)
-        invalid = {s.step for s in skipped} | self._damaged & valid.keys()
+        invalid = {s.step for s in skipped if MANIFEST + ASIDE not in s.path.sizes()} | self._damaged & valid.keys()
         times = {number: manifest.saved_at_s for number, manifest in valid.items() if number not in invalid}
         old, broken = retired(self.config, times, invalid, time.time())
         for number in [*broken, *old]:

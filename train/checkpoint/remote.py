@@ -11,10 +11,7 @@ from typing import Any
 
 import fsspec  # type: ignore[import-untyped]
 
-from octofold.train.checkpoint.folders import Folder, Output, not_a_place
-
-ASIDE = ".aside"
-"""What the manifest of a checkpoint that is set aside is called."""
+from octofold.train.checkpoint.folders import ASIDE, Folder, Output, not_a_place
 
 
 def remote_folder(url: str) -> "RemoteFolder":
