@@ -53,7 +53,7 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	@echo "octofold: running the slow proofs"
-	@$(BIN)/python -m pytest $(AT_ONCE) -m slow -rP
+	@$(BIN)/python -m pytest -m slow -rP
 
 test-faults: $(VENV)/.dev
 	@echo "octofold: running the proofs of faults and resumes"
