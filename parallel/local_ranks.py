@@ -205,6 +205,7 @@ def _serve(
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # Ctrl-C reaches the whole terminal group; the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.enable()  # a crash says where
     faulthandler.register(STACKS_SIGNAL)
     torch.set_num_threads(1)
     dist.init_process_group(gloo.register(), store=dist.TCPStore(HOST, port), rank=rank, world_size=ranks)
