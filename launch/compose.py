@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -51,7 +52,7 @@ def compose(texts: Sequence[str], config_dirs: Sequence[str] = ()) -> JobConfig:
     overrides = parse(texts)
     search = search_path(config_dirs)
     with hydra_session() as session:
-        groups = _group_options(session.config_loader, search)
+        groups = _group_options(session.config_loader, search, {override.key_or_group for override in overrides})
         for override in overrides:
             _check_override(override, groups)
         with _errors_explained():
@@ -142,9 +143,13 @@ def search_path(config_dirs: Sequence[str]) -> list[str]:
     return [f"hydra.searchpath=[{','.join(urls)}]"] if urls else []
 
 
-def _group_options(loader: Any, search: list[str]) -> dict[str, list[str]]:
-    groups = [group for group in loader.list_groups("") if group != "hydra"]
-    return {g: loader.get_group_options(g, ObjectType.CONFIG, CONFIG_NAME, search) for g in groups}
+def _group_options(loader: Any, search: list[str], wanted: set[str]) -> dict[str, list[str]]:
+    """All groups, with the options of those that are wanted: listing them takes 25 ms a group."""
+
+    def options(group: str) -> list[str]:
+        return loader.get_group_options(group, ObjectType.CONFIG, CONFIG_NAME, search) if group in wanted else []
+
+    return {group: options(group) for group in loader.list_groups("") if group != "hydra"}
 
 
 def _check_override(override: Override, groups: dict[str, list[str]]) -> None:
@@ -185,7 +190,10 @@ def _check_value(override: Override, schema: type, groups: list[str]) -> None:
     value = override.value()
     if isinstance(value, str) and "${" in value:
         return  # Known only when everything is composed.
-    default = OmegaConf.select(node := schema_node(schema), key)
+    node = _trial_node(schema)
+    default = OmegaConf.select(node, key)
+    if OmegaConf.is_config(default):
+        default = OmegaConf.to_container(default)
     example = f"{key}={'null' if default is None else str(default).lower()}"
     if value == "???":
         raise ConfigError(key, _shown(override), f"a value is missing; {key} is {_described(keys[key])}", example)
@@ -193,8 +201,16 @@ def _check_value(override: Override, schema: type, groups: list[str]) -> None:
         OmegaConf.update(node, key, value)
     except OmegaConfBaseException as error:
         raise ConfigError(key, _shown(override), f"{key} is {_described(keys[key])}", example) from error
+    finally:
+        OmegaConf.update(node, key, default, merge=False)
     if isinstance(value, float) and value != value:
         raise ConfigError(key, _shown(override), f"{key} is {_described(keys[key])}; nan is none", example)
+
+
+@cache
+def _trial_node(schema: type) -> DictConfig:
+    """The node on which values are tried and taken back: making one takes 40 ms, and 200 overrides may come."""
+    return schema_node(schema)
 
 
 def _described(kind: Any) -> str:

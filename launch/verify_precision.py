@@ -200,8 +200,8 @@ def _measured(config: JobConfig, run_dir: Path) -> Products:
 
 
 def _probed(config: JobConfig, checkpoint: Path) -> "dict[str, Probe]":
-    import torch
 
+    from octofold.backends.determinism import set_deterministic
     from octofold.backends.process_group import RankInfo, joined
     from octofold.backends.registry import resolve
     from octofold.parallel.config import ParallelConfig
@@ -216,7 +216,7 @@ def _probed(config: JobConfig, checkpoint: Path) -> "dict[str, Probe]":
     alone = replace(config, train=train, parallel=resolve_degrees(ParallelConfig(), 1), resume=str(checkpoint))
     alone = replace(alone, precision=replace(alone.precision, watch_every=0))
     backend, info = resolve(config.backend.name), RankInfo()
-    torch.use_deterministic_algorithms(train.deterministic and backend.name == "cpu")
+    set_deterministic(train.deterministic and backend.name == "cpu")
     with TemporaryDirectory() as scratch, joined(backend, config.backend, info):
         trainer = build_trainer(alone, Path(scratch), backend, info, Console(enabled=False))
         with trainer.console.progress(1 + PROBED_STEPS, 0) as bar:

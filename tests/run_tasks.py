@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from octofold.backends import observing
 from octofold.backends.config import BackendConfig
+from octofold.backends.determinism import set_deterministic
 from octofold.backends.errors import UserError
 from octofold.backends.process_group import RankInfo, joined
 from octofold.backends.recording import Record, recorded
@@ -45,7 +46,7 @@ def alone(task: Callable[..., Any], *args: Any) -> Any:
 
 def build(config: RunConfig, run_dir: Path, stream: TextIO | None = None) -> Trainer:
     """The trainer of this rank, on the process group that is there; rank 0 prints to `stream`."""
-    torch.use_deterministic_algorithms(config.train.deterministic)
+    set_deterministic(config.train.deterministic, compiling=config.parallel.compile)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     info = RankInfo(rank, world_size, rank, world_size)
     return build_trainer(

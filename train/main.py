@@ -4,9 +4,8 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 from octofold.backends.base import Backend
+from octofold.backends.determinism import set_deterministic
 from octofold.backends.flight import FlightRecorder
 from octofold.backends.process_group import RankInfo, joined
 from octofold.backends.registry import resolve
@@ -57,7 +56,7 @@ def train(config: RunConfig, run_dir: Path, *, stop_deadline_s: float = math.inf
     console = Console(enabled=info.rank == 0)
     backend = resolve(config.backend.name)
     # On accelerators determinism needs more than this switch; there it is left to the user's own environment.
-    torch.use_deterministic_algorithms(config.train.deterministic and backend.name == "cpu")
+    set_deterministic(config.train.deterministic and backend.name == "cpu", compiling=config.parallel.compile)
     with joined(backend, config.backend, info), owned(run_dir, config.checkpoint, begins=not config.resume):
         trainer = build_trainer(config, run_dir, backend, info, console)
         try:

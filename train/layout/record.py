@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
+from octofold.backends.determinism import set_deterministic
 from octofold.backends.process_group import RankInfo
 from octofold.backends.recording import Record, recorded
 from octofold.backends.registry import resolve
@@ -36,7 +37,7 @@ def record(config: RunConfig, run_dir: Path) -> RankFacts:
         config: validated, for as many ranks as the default group has, with train.log_every=1.
     """
     assert config.train.log_every == 1, config.train.log_every
-    torch.use_deterministic_algorithms(config.train.deterministic)
+    set_deterministic(config.train.deterministic, compiling=config.parallel.compile)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     info = RankInfo(rank, ranks, rank, ranks)
     trainer = build_trainer(config, run_dir, resolve(config.backend.name), info, Console(enabled=False))

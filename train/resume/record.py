@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from octofold.backends.determinism import set_deterministic
 from octofold.backends.process_group import RankInfo
 from octofold.backends.registry import resolve
 from octofold.train.checkpoint.validity import checkpoints_of, valid_checkpoints
@@ -48,7 +49,7 @@ def record(config: RunConfig, run_dir: Path, stand_at: int, kill_at: int | None 
             updated, once the checkpoint of `stand_at` is published. Nobody returns then.
     """
     assert config.train.log_every == 1, config.train.log_every
-    torch.use_deterministic_algorithms(config.train.deterministic)
+    set_deterministic(config.train.deterministic, compiling=config.parallel.compile)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     info = RankInfo(rank, ranks, rank, ranks)
     trainer = build_trainer(config, run_dir, resolve(config.backend.name), info, Console(enabled=False))
