@@ -74,6 +74,25 @@ def run(config: RunConfig, run_dir: Path, stop_at: int | None = None) -> dict[st
     return outcome(trainer, run_dir)
 
 
+def run_with_dropout(config: RunConfig, run_dir: Path, stop_at: int | None = None) -> dict[str, Any]:
+    """`run`, with dropout behind the first decoder layer, as a user's own model may have."""
+    trainer, stop = build(config, run_dir), StopSignals()
+
+    def drop(module: nn.Module, inputs: Any, x_BSD: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(x_BSD, 0.2, training=module.training)
+
+    trainer.model.layers["0"].register_forward_hook(drop)
+    torch.rand(torch.seed() % 7)  # what was drawn before does not count
+
+    def ask() -> None:
+        if trainer.progress.step + 1 == stop_at:
+            stop.received = signal.SIGTERM
+
+    trainer.loader.next_step = after(ask, trainer.loader.next_step)  # type: ignore[method-assign]
+    assert trainer.run(stop) == (stop_at is None)
+    return outcome(trainer, run_dir)
+
+
 def after(first: Callable[[], None], then: Callable[[], Any]) -> Callable[[], Any]:
     """Both, one after the other."""
 

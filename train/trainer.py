@@ -42,6 +42,7 @@ from octofold.train.models.gate import take_loss_sums
 from octofold.train.models.stages import Stages
 from octofold.train.precision.apply import forget_weights, roll_histories, set_loss_scale, take_traffic
 from octofold.train.precision.watch import Health, Watch
+from octofold.train.random_state import seed_step
 from octofold.train.reporting import Interval, load_record, step_metrics
 from octofold.train.sampling import generate
 from octofold.train.stop import StopSignals
@@ -214,6 +215,8 @@ class Trainer:
         """Gradients of this rank's share of the global mean losses; returns those shares, FP64 [J]."""
         set_loss_scale(self.model, self.engine.scaler.scale)
         take_traffic(self.model)  # an evaluation's do not count
+        stands = (self.meshes.rank("context"), self.meshes.rank("pipeline"))
+        seed_step(self.config.train.seed, self.progress.step + 1, int(self.loader.samples_AB[0, 0]), *stands)
         for gate in self.gates.values():
             gate.loss_scale.fill_(self.engine.scaler.scale / self.config.train.global_batch_size)
         return self.accumulation.run(batches, tokens_J, schedule.mtp_weight, each_sequence)
