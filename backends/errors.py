@@ -6,6 +6,9 @@ import math
 class UserError(ValueError):
     """Something the user can mend: a config value, a file, the environment. The command line prints it and exits 2."""
 
+    status = 2
+    """Exit status. 1 where the same may go well later, so that starting again is worth it."""
+
 
 class ConfigError(UserError):
     """A configuration value, or a combination of values, that cannot work."""

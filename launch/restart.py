@@ -8,6 +8,7 @@ from pathlib import Path
 
 from octofold.backends.errors import ConfigError, UserError
 from octofold.launch.config import JobConfig
+from octofold.train.checkpoint.checksums import IncompleteError
 from octofold.train.checkpoint.folders import Folder
 from octofold.train.checkpoint.manifest import MANIFEST
 from octofold.train.checkpoint.validity import checkpoints_of, valid_checkpoints
@@ -40,9 +41,10 @@ def mark_start(run_dir: Path, config: JobConfig) -> None:
 
 
 def after_restart(config: JobConfig, run_dir: Path) -> JobConfig:
-    """The job of another attempt: it continues from the newest checkpoint that an earlier one saved, or begins anew.
+    """The job of another attempt: it continues from the newest checkpoint that an earlier one saved.
 
-    A job that began from an older checkpoint than the newest one returns to the older until it has saved its own.
+    A job that began from an older checkpoint than the newest one returns to the older until it has saved its own. One
+    that has published nothing begins anew.
 
     Args:
         config: of the first attempt.
@@ -52,10 +54,14 @@ def after_restart(config: JobConfig, run_dir: Path) -> JobConfig:
     """
     if _mistake(run_dir).exists():
         raise UserError(_mistake(run_dir).read_text(encoding="utf-8"))
-    newest, began = _newest(run_dir, config), run_dir / _BEGAN
-    if newest is None or (began.exists() and began.read_bytes() == newest.read(MANIFEST)):
-        return config
-    return replace(config, resume=config.checkpoint.dir or str(run_dir))
+    checkpoints, began = checkpoints_of(run_dir, config.checkpoint.dir), run_dir / _BEGAN
+    valid, skipped = valid_checkpoints(checkpoints)
+    if not valid:
+        # What is damaged, or out of reach, was published: to begin anew would leave it behind without a word.
+        begins = all(isinstance(passed.error, IncompleteError) for passed in skipped)
+    else:
+        begins = began.exists() and began.read_bytes() == (checkpoints / f"step_{max(valid)}").read(MANIFEST)
+    return config if begins else replace(config, resume=config.checkpoint.dir or str(run_dir))
 
 
 def _newest(run_dir: Path, config: JobConfig) -> Folder | None:

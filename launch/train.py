@@ -173,7 +173,8 @@ def _join(job: Job, joined: Joined) -> int:
         # Only rank 0 can tell a folder that holds a run from one that it has begun to fill itself.
         return _train_here(job.config, make_run_folder(job.config, resuming=True)).status
     except UserError as error:
-        leave_mistake(folder, error)
+        if error.status == USERS_MISTAKE:
+            leave_mistake(folder, error)
         raise
 
 

@@ -34,8 +34,8 @@ def main() -> int:
         config = after_restart(config, run_dir) if restarts() else config
         train(config, run_dir, stop_deadline_s=config.launch.stop_deadline_s)
     except UserError as error:
-        leave_note(log.parent, rank, error, is_users=True)
-        return USERS_MISTAKE
+        leave_note(log.parent, rank, error, is_users=error.status == USERS_MISTAKE)
+        return error.status
     except Exception as error:
         leave_note(log.parent, rank, error, is_users=False)
         raise SystemExit(1) from error

@@ -57,10 +57,18 @@ def test_checkpoints_that_lie_elsewhere_are_found(job, tmp_path):
     assert after_restart(job, tmp_path).resume == str(elsewhere)
 
 
-def test_a_damaged_checkpoint_is_nothing_saved(job, tmp_path):
+def test_a_damaged_checkpoint_is_not_left_behind_without_a_word(job, tmp_path):
+    """Loading it says what is wrong, where to begin anew would say nothing."""
     mark_start(tmp_path, job)
     save(tmp_path / "checkpoints", 4)
     (tmp_path / "checkpoints" / "step_4" / "manifest.json").write_text("{")
+    assert after_restart(job, tmp_path).resume == str(tmp_path)
+
+
+def test_a_checkpoint_that_was_never_finished_is_nothing_saved(job, tmp_path):
+    mark_start(tmp_path, job)
+    (tmp_path / "checkpoints" / "step_4").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_4" / "shard-00001-of-00001.safetensors").write_bytes(b"half")
     assert after_restart(job, tmp_path).resume is None
 
 

@@ -1,7 +1,8 @@
 """One rank of a training run, from a configuration to its last checkpoint."""
 
 import math
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from octofold.backends.base import Backend
@@ -20,6 +21,7 @@ from octofold.train.build import (
     model_config,
 )
 from octofold.train.checkpoint.manager import Checkpointer, owned
+from octofold.train.checkpoint.storage import Ranks
 from octofold.train.config import RunConfig
 from octofold.train.console import Console
 from octofold.train.data.build import build_data
@@ -57,7 +59,10 @@ def train(config: RunConfig, run_dir: Path, *, stop_deadline_s: float = math.inf
     backend = resolve(config.backend.name)
     # On accelerators determinism needs more than this switch; there it is left to the user's own environment.
     set_deterministic(config.train.deterministic and backend.name == "cpu", compiling=config.parallel.compile)
-    with joined(backend, config.backend, info), owned(run_dir, config.checkpoint, begins=not config.resume):
+    with joined(backend, config.backend, info), ExitStack() as held:
+        # After a restart each rank has looked for itself, while another machine's disk may have shown less.
+        config = replace(config, resume=Ranks(None).first(lambda: config.resume))
+        held.enter_context(owned(run_dir, config.checkpoint, begins=not config.resume))
         trainer = build_trainer(config, run_dir, backend, info, console)
         try:
             # Only from here on is there anything to save: until now Ctrl-C ends the process at once.

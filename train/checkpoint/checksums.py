@@ -10,6 +10,7 @@ import xxhash
 
 from octofold.backends.errors import UserError
 from octofold.train.checkpoint.folders import Folder, Reader
+from octofold.train.checkpoint.patience import GONE, WAITS_S, patiently
 
 BLOCK_BYTES = 4 * 2**20
 """Of what is written now, behind a file's header, which is a block of its own; the last block is shorter."""
@@ -18,6 +19,24 @@ REMEDY = "\n  remedy: resume from an earlier checkpoint of the run"
 
 class DamagedError(UserError):
     """A checkpoint, or a file of one, is not what was written."""
+
+
+class IncompleteError(DamagedError):
+    """A checkpoint was begun and never published."""
+
+
+class UnreadableError(DamagedError):
+    """A checkpoint cannot be read now, for all the tries. What was written may be whole."""
+
+    status = 1
+
+
+def unreadable(place: object, error: OSError) -> str:
+    """What it means to the user that a place fails whenever it is read."""
+    return (
+        f"{place} cannot be read: {error.strerror or error}\n  rule:   disks and stores may fail for a moment, but "
+        f"this one failed {1 + len(WAITS_S)} times\n  remedy: start again once it can be read; nothing was removed"
+    )
 
 
 def checksum(data: "bytes | memoryview") -> str:
@@ -100,7 +119,8 @@ class CheckedFile:
     """A file of a checkpoint whose blocks are held to their checksums whenever they are read. A context.
 
     Raises:
-        DamagedError: (from any method) the file cannot be read, ends early, or a block is not what was written.
+        DamagedError: (from any method) the file is gone, ends early, or a block is not what was written.
+        UnreadableError: (from any method) the disk or the store does not give it.
     """
 
     def __init__(self, folder: Folder, name: str, record: FileRecord) -> None:
@@ -156,16 +176,25 @@ class CheckedFile:
     def _fill(self, number: int, out: memoryview) -> None:
         first, last = self.record.bounds(number)
         try:
-            if self._reader is None:
-                self._reader = self.folder.open(self.name)
-            got = self._reader.read_into(out, first)
-        except OSError as error:
+            got = patiently(lambda: self._read(out, first))
+        except GONE as error:
             raise self._damaged(str(error.strerror or error)) from None
+        except OSError as error:
+            raise UnreadableError(unreadable(f"{self.folder}/{self.name}", error)) from None
         if got < len(out):
             raise self._damaged(f"it ends at byte {first + got}, and {self.record.nbytes} were written")
         if self.record.blocks is not None and checksum(out) != self.record.blocks[number]:
             raise self._damaged(f"bytes {first} to {last - 1} are not those that were written")
         self.checked.add(number)
+
+    def _read(self, out: memoryview, begin: int) -> int:
+        try:
+            if self._reader is None:
+                self._reader = self.folder.open(self.name)
+            return self._reader.read_into(out, begin)
+        except OSError:
+            self.__exit__()  # what was opened on a server that has gone stays broken
+            raise
 
     def _damaged(self, reason: str) -> DamagedError:
         return DamagedError(f"{self.folder}/{self.name} cannot be read: {reason}{REMEDY}")

@@ -20,7 +20,7 @@ from octofold.backends.collectives import Group
 from octofold.backends.errors import ConfigError, UserError
 from octofold.backends.host_group import host_group
 from octofold.backends.observing import unobserved
-from octofold.train.checkpoint.checksums import DamagedError
+from octofold.train.checkpoint.checksums import DamagedError, UnreadableError
 from octofold.train.checkpoint.claim import claimed
 from octofold.train.checkpoint.folders import ASIDE, Folder, LocalFolder, folder_at
 from octofold.train.checkpoint.manifest import MANIFEST, Manifest, write_manifest
@@ -214,8 +214,8 @@ class Checkpointer:
             try:
                 loaded = self._load(folder, manifest, tensors, ranks.group, whole=whole, skipped=skipped)
             except DamagedError as error:
-                skipped = [*skipped, Skipped(folder, str(error))]
-                self.warn(f"{Skipped(folder, str(error))}; the next older checkpoint is tried")
+                skipped = [*skipped, Skipped(folder, error)]
+                self.warn(f"{skipped[-1]}; the next older checkpoint is tried")
                 continue
             for passed in loaded.skipped:
                 if passed in incomplete:
@@ -278,9 +278,9 @@ class Checkpointer:
             tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
         try:
             read_tensors(folder, tensors, whole=whole, manifest=manifest, group=group)
-        except DamagedError:
-            if _is_in(folder, self.checkpoints):
-                self._damaged.add(Skipped(folder, "").step)
+        except DamagedError as error:
+            if _is_in(folder, self.checkpoints) and not isinstance(error, UnreadableError):
+                self._damaged.add(Skipped(folder, error).step)
             raise
         self.last = folder
         step = manifest.state.get("step", -1)
@@ -346,7 +346,8 @@ class Checkpointer:
         self._leave(step)
         self._damaged.discard(step)
         valid, skipped = valid_checkpoints(self.checkpoints)
-        invalid = {s.step for s in skipped if MANIFEST + ASIDE not in s.path.sizes()} | self._damaged & valid.keys()
+        known = [s for s in skipped if not isinstance(s.error, UnreadableError)]
+        invalid = {s.step for s in known if MANIFEST + ASIDE not in s.path.sizes()} | self._damaged & valid.keys()
         times = {number: manifest.saved_at_s for number, manifest in valid.items() if number not in invalid}
         old, broken = retired(self.config, times, invalid, time.time())
         for number in [*broken, *old]:

@@ -14,8 +14,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from octofold.train.checkpoint.checksums import REMEDY, DamagedError, FileRecord, checksum, record_of
+from octofold.train.checkpoint.checksums import (
+    REMEDY,
+    DamagedError,
+    FileRecord,
+    IncompleteError,
+    UnreadableError,
+    checksum,
+    record_of,
+    unreadable,
+)
 from octofold.train.checkpoint.folders import Folder, folder_at
+from octofold.train.checkpoint.patience import GONE, patiently
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -70,16 +80,20 @@ def read_manifest(where: Path | str | Folder) -> Manifest:
     """The manifest of a checkpoint, after the cheap check: it is whole, and every file is there in its full size.
 
     Raises:
-        DamagedError: the checkpoint is incomplete or damaged (says which file), or of a later format.
+        DamagedError: the checkpoint is damaged (says which file), or of a later format.
+        IncompleteError: it has no manifest.
+        UnreadableError: the disk or the store does not give it.
     """
     folder = folder_at(where)
     try:
-        sizes = folder.sizes()
-        document = folder.read(MANIFEST) if MANIFEST in sizes else None
-    except OSError as error:
+        sizes = patiently(folder.sizes)
+        document = patiently(lambda: folder.read(MANIFEST)) if MANIFEST in sizes else None
+    except GONE as error:
         raise DamagedError(f"{folder} cannot be read: {error.strerror or error}{REMEDY}") from None
+    except OSError as error:
+        raise UnreadableError(unreadable(folder, error)) from None
     if document is None:
-        raise DamagedError(f"{folder} is no complete checkpoint: {MANIFEST} is missing{REMEDY}")
+        raise IncompleteError(f"{folder} is no complete checkpoint: {MANIFEST} is missing{REMEDY}")
     try:
         manifest = _parse(document)
     except (ValueError, KeyError, TypeError) as error:

@@ -28,7 +28,7 @@ from torch.futures import Future
 
 from octofold.backends.collectives import Group
 from octofold.backends.errors import UserError
-from octofold.train.checkpoint.checksums import DamagedError
+from octofold.train.checkpoint.checksums import DamagedError, UnreadableError
 from octofold.train.checkpoint.folders import Folder, folder_at
 from octofold.train.checkpoint.manifest import Manifest, read_manifest
 from octofold.train.checkpoint.quantized import SCALE_SUFFIX, dequantize_window
@@ -105,16 +105,17 @@ class Ranks:
         """The action's result on this rank, if it succeeded on every rank.
 
         Raises:
-            DamagedError, UserError: as the first rank on which it failed.
+            UnreadableError, DamagedError, UserError: as the first rank on which it failed.
         """
         result, failure = None, None
         try:
             result = action()
         except (UserError, OSError) as error:
-            failure = (isinstance(error, DamagedError), str(error))
+            kind = next((k for k in (UnreadableError, DamagedError) if isinstance(error, k)), UserError)
+            failure = (kind, str(error))
         for told in self.gather(failure):
             if told is not None:
-                raise DamagedError(told[1]) if told[0] else UserError(told[1])
+                raise told[0](told[1])
         return result  # type: ignore[return-value]
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from octofold.backends.errors import UserError
-from octofold.train.checkpoint.checksums import CheckedFile, DamagedError
+from octofold.train.checkpoint.checksums import CheckedFile, DamagedError, UnreadableError
 from octofold.train.checkpoint.folders import Folder, folder_at
 from octofold.train.checkpoint.manifest import STEP_FOLDER, Manifest, read_manifest
+from octofold.train.checkpoint.patience import patiently
 
 CHECKPOINTS = "checkpoints"
 """The folder of a run in which they lie, where `checkpoint.dir` says nothing else."""
@@ -21,7 +22,7 @@ class Skipped:
     """A folder that looks like a checkpoint and is none."""
 
     path: Folder
-    reason: str
+    error: DamagedError
 
     @property
     def step(self) -> int:
@@ -30,7 +31,7 @@ class Skipped:
         return int(match[1]) if match else -1
 
     def __str__(self) -> str:
-        return self.reason.splitlines()[0]
+        return str(self.error).splitlines()[0]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def checkpoints_of(run_dir: Path | str | Folder, directory: str | None = None) -
 
 def step_folders(checkpoints: Folder) -> dict[int, Folder]:
     """Every folder named as a checkpoint, valid or not, by step, oldest first."""
-    steps = {int(match[1]): name for name in checkpoints.folders() if (match := STEP_FOLDER.fullmatch(name))}
+    names = patiently(checkpoints.folders)
+    steps = {int(match[1]): name for name in names if (match := STEP_FOLDER.fullmatch(name))}
     return {step: checkpoints / steps[step] for step in sorted(steps)}
 
 
@@ -66,7 +68,7 @@ def valid_checkpoints(checkpoints: Folder) -> tuple[dict[int, Manifest], list[Sk
         try:
             valid[step] = read_manifest(folder)
         except DamagedError as error:
-            skipped.insert(0, Skipped(folder, str(error)))
+            skipped.insert(0, Skipped(folder, error))
     return valid, skipped
 
 
@@ -81,7 +83,7 @@ def candidates(where: Path | str | Folder) -> tuple[list[tuple[Folder, Manifest]
         try:
             return [(folder, read_manifest(folder))], []
         except DamagedError as error:
-            return [], [Skipped(folder, str(error))]
+            return [], [Skipped(folder, error)]
     inner = folder / CHECKPOINTS
     holder = inner if step_folders(inner) or not step_folders(folder) else folder
     valid, skipped = valid_checkpoints(holder)
@@ -110,9 +112,12 @@ def find_valid(where: Path | str | Folder) -> Found:
 def nothing_valid(where: Path | str | Folder, skipped: list[Skipped]) -> UserError:
     """What it means to the user that a place holds no checkpoint that may be loaded."""
     if len(skipped) == 1 and folder_at(where) == skipped[0].path:
-        return DamagedError(skipped[0].reason)
+        return skipped[0].error
     if skipped:
         told = "\n  ".join(str(s) for s in skipped)
+        if any(isinstance(s.error, UnreadableError) for s in skipped):
+            remedy = "start again once they can be read; nothing was removed"
+            return UnreadableError(f"{where} holds no checkpoint that can be read now\n  {told}\n  remedy: {remedy}")
         return DamagedError(
             f"{where} holds no valid checkpoint\n  {told}\n  remedy: start the run over in another folder"
         )
