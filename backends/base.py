@@ -1,9 +1,11 @@
-"""The device a rank computes on: what every backend answers, and what it says of its abilities."""
+"""The device a rank computes on: what every backend answers, and what it says of its abilities. Torch-free."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,15 @@ class Capabilities:
     """Products scale their operands' tiles of 32 natively."""
     peak_flops: dict[str, float] | None = None
     """Dense products, operations a second, by the arithmetic they run on: bf16, fp8; None where nobody has told."""
+    int8: bool = False
+    """Products of INT8 operands run natively."""
+    hif8: bool = False
+    """Products of HiFloat8 operands run natively."""
+
+    def native(self) -> list[str]:
+        """Names of the arithmetic that products run natively in, besides FP32."""
+        kinds = {"BF16": self.bf16, "INT8": self.int8, "FP8": self.fp8, "MXFP8": self.mxfp8, "HiF8": self.hif8}
+        return [name for name, has in kinds.items() if has]
 
 
 class Backend(ABC):
@@ -38,7 +49,7 @@ class Backend(ABC):
         """None where the backend can run here, else the reason."""
 
     @abstractmethod
-    def device(self, local_rank: int) -> torch.device:
+    def device(self, local_rank: int) -> "torch.device":
         """The device of a local rank."""
 
     @abstractmethod

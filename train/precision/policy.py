@@ -80,16 +80,18 @@ def require_arithmetic(precision: PrecisionConfig, capabilities: Capabilities) -
     """Refuse products that the device does not have.
 
     Raises:
-        ConfigError: with the device, the capability and the two ways out.
+        ConfigError: with the device, what it has, and the ways out.
     """
     lacking = lacking_arithmetic(precision, capabilities)
     if lacking is None:
         return
     shown = f"precision.name={precision.name} precision.arithmetic=native"
-    rule = f"{capabilities.device_name} has no arithmetic in {lacking}, and none is put in its place unasked"
+    has = ", ".join(capabilities.native()) or "FP32 alone"
+    rule = f"{capabilities.device_name} has no arithmetic in {lacking} but in {has}; none is put in its place unasked"
     remedy = (
+        "precision.arithmetic=storage multiplies in BF16 and keeps and sends FP8, "
         "precision.arithmetic=emulate computes what FP8 hardware would (for numerics and tests; slower than BF16), "
-        "precision.arithmetic=storage multiplies in BF16 and keeps and sends FP8"
+        "precision=bf16 does without"
     )
     raise ConfigError("precision.arithmetic", shown, rule, remedy)
 
