@@ -69,7 +69,7 @@ def tiny_run(root: Path, ranks: int = 1, **groups: Any) -> RunConfig:
         ),
         # One thread a rank: how a sum is split over threads decides its last bits.
         backend=BackendConfig(name="cpu", threads=1),
-        checkpoint=CheckpointConfig(every_steps=1000),
+        checkpoint=CheckpointConfig(every_steps=1000, retry_s=0.0),
     )
     for name, values in groups.items():
         value = replace(getattr(config, name), **values) if isinstance(values, dict) else values

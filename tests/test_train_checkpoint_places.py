@@ -194,10 +194,32 @@ def test_a_full_disk_delays_a_run(n, root, tmp_path, ranks):
             root, n, train={"steps": 4}, checkpoint={"every_steps": 1, "max_failures": 9}, precision={"name": "bf16"}
         )
         told, error = ranks(n).run(run_tasks.run_on_a_full_disk, config, run_dir)[0]
-        assert sum("could not be written" in line and "No space left" in line for line in told) == 3
+        for step, times in ((2, 1), (3, 1), (4, 3)):
+            failed = [line for line in told if f"step_{step} could not be written" in line and "next interval" in line]
+            assert len(failed) == times
+            assert all("No space left" in line for line in failed)
         assert "step_4 could not be written" in error
         assert steps_of(run_dir) == [1]
         assert [path.name for path in place.iterdir()] == ["step_1"]
         assert newest(run_dir).name == "step_1"
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_room_that_is_made_in_time_saves_the_last_step(n, root, tmp_path, ranks):
+    run_dir = tmp_path / "run"
+    place = run_dir / "checkpoints"
+    place.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    try:
+        (in_the_way := place / "big").write_bytes(bytes(4 << 20))
+        config = tiny_run(root, n, train={"steps": 2}, precision={"name": "bf16"})
+        told, error = ranks(n).run(run_tasks.run_on_a_full_disk, config, run_dir, in_the_way)[0]
+        assert error == ""
+        assert any("the run ends here, so it is tried again in 0 s" in line for line in told)
+        assert steps_of(run_dir) == [2]
     finally:
         subprocess.run(["umount", str(place)], check=True)

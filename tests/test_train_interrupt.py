@@ -140,6 +140,23 @@ def test_a_step_that_outlasts_the_deadline_is_not_waited_for(n, root, tmp_path):
     assert "the newest complete checkpoint stands" in printed
 
 
+@pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_signal_after_the_last_step_ends_a_run_that_is_saved(n, root, tmp_path):
+    run_dir = tmp_path / "run"
+    config = run_config(root, n)
+    # A sample of hours.
+    config = replace(config, train=replace(config.train, steps=4, sample_tokens=10**7))
+    with started(config, run_dir, n) as process:
+        wait_for_step(process, run_dir, 4)
+        wait_for(process, lambda: steps_of(run_dir) == [4], "the last checkpoint")
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        printed = process.communicate(timeout=PROMPT_S + DEADLINE_S)[0]
+    assert process.returncode == 0, printed
+    assert "SIGTERM in the closing evaluation; the last step is saved" in printed
+    assert "Traceback" not in printed
+
+
 def test_killed_run_goes_on_from_its_last_checkpoint(root, undisturbed, ranks, tmp_path):
     n = 2
     run_dir = tmp_path / "run"

@@ -5,9 +5,13 @@ import threading
 import time
 
 import pytest
+import torch
 
 from octofold.backends.flight import FlightRecorder
 from octofold.train import watchdog as module
+from octofold.train.checkpoint.folders import LocalOutput, LocalReader
+from octofold.train.checkpoint.manager import Checkpointer
+from octofold.train.config import CheckpointConfig
 from octofold.train.stop import HANG_STATUS
 from octofold.train.watchdog import LONGER, Watchdog, verdict
 
@@ -145,3 +149,45 @@ def test_what_is_said_of_ranks_in_a_circle():
 def test_what_is_said_where_nobody_is_missing():
     reports = {rank: {"counts": {}, "recent": [], "at": f"x.py:{rank} in f"} for rank in (0, 1)}
     assert verdict(reports, range(2)).splitlines()[1:] == ["  rank 0: x.py:0 in f", "  rank 1: x.py:1 in f"]
+
+
+def slow_disk(monkeypatch, pause):
+    """A disk that calls `pause` for each block of 64 bytes, written or read."""
+    write, read = LocalOutput.write, LocalReader.read_into
+    for name in ("checksums", "writing"):
+        monkeypatch.setattr(f"octofold.train.checkpoint.{name}.BLOCK_BYTES", 64)
+    monkeypatch.setattr(LocalOutput, "write", lambda *given: (pause(), write(*given))[1])
+    monkeypatch.setattr(LocalReader, "read_into", lambda *given: (pause(), read(*given))[1])
+
+
+def test_a_slow_save_and_a_slow_load_are_no_hangs(tmp_path, monkeypatch, world_of_one):
+    ended = Ended()
+    watchdog = make(tmp_path, ended)
+    slow_disk(monkeypatch, lambda: time.sleep(TIMEOUT_S / 2))
+    tensors = {"model.a": torch.arange(200.0)}
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(), torch.device("cpu"), alive=watchdog.sign)
+    with watchdog.watching(0):
+        began_s = time.monotonic()
+        checkpointer.save(1, tensors, {"step": 1})
+        checkpointer.wait()
+        saved_s = time.monotonic()
+        checkpointer.load(tmp_path, tensors)
+        loaded_s = time.monotonic()
+    assert min(saved_s - began_s, loaded_s - saved_s) > 1.2 * LONGER * TIMEOUT_S
+    assert ended.status is None
+
+
+def test_a_disk_that_takes_nothing_any_more_is_a_hang(tmp_path, monkeypatch, world_of_one):
+    ended, held = Ended(), threading.Event()
+    watchdog = make(tmp_path, ended)
+    slow_disk(monkeypatch, held.wait)
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(), torch.device("cpu"), alive=watchdog.sign)
+    with watchdog.watching(0):
+        checkpointer.save(1, {"model.a": torch.arange(200.0)}, {"step": 1})
+        waiting = threading.Thread(target=checkpointer.wait)
+        waiting.start()
+        assert ended.event.wait(30)
+    assert "in write" in (tmp_path / "stacks_rank_0.txt").read_text()
+    held.set()
+    waiting.join()
+    assert ended.status == HANG_STATUS

@@ -114,6 +114,8 @@ class CheckpointConfig:
     """Also kept are checkpoints of multiples of this step; 0: none."""
     max_failures: int = 3
     """Saves in a row that may fail; each is warned of, and tried again at the next interval."""
+    retry_s: float = 10.0
+    """How long after a failed last save of a run it is tried again; a third time after three times as long."""
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,7 @@ def _check_batch(train: TrainConfig, parallel: ParallelConfig) -> None:
 def _check_faults(config: RunConfig) -> None:
     hang_s, call_s, factor = config.train.hang_timeout_s, config.backend.timeout_s, config.train.slow_rank_factor
     check_finite("train.hang_timeout_s", hang_s, least=0.0)
+    check_finite("checkpoint.retry_s", config.checkpoint.retry_s, least=0.0)
     check_finite("train.slow_rank_factor", factor, least=0.0)
     if hang_s >= call_s:
         shown = f"train.hang_timeout_s={hang_s:g} backend.timeout_s={call_s:g}"

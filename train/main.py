@@ -98,6 +98,13 @@ def build_trainer(config: RunConfig, run_dir: Path, backend: Backend, info: Rank
     engine = build_engine(
         built.model, config.optim, config.train.steps, config.precision.loss_scale, config.parallel, built=built
     )
+    watchdog = Watchdog(
+        FlightRecorder(info.rank),
+        rank=info.rank,
+        ranks=info.world_size,
+        timeout_s=config.train.hang_timeout_s,
+        logs=run_dir / "logs",
+    )
     trainer = Trainer(
         config,
         model=built.model,
@@ -120,15 +127,10 @@ def build_trainer(config: RunConfig, run_dir: Path, backend: Backend, info: Rank
             device,
             made_by={"version": code_version(), "world_size": info.world_size, "config": asdict(config)},
             warn=console.warn,
+            alive=watchdog.sign,
         ),
         watch=build_watch(config.precision, built, device),
-        watchdog=Watchdog(
-            FlightRecorder(info.rank),
-            rank=info.rank,
-            ranks=info.world_size,
-            timeout_s=config.train.hang_timeout_s,
-            logs=run_dir / "logs",
-        ),
+        watchdog=watchdog,
         utilisation=build_utilisation(config, built, backend, info),
         console=console,
         metrics=None,
@@ -136,7 +138,8 @@ def build_trainer(config: RunConfig, run_dir: Path, backend: Backend, info: Rank
         device=device,
     )
     if config.resume:
-        console.info(f"continuing from {trainer.load(config.resume)}")
+        with watchdog.watching(0):
+            console.info(f"continuing from {trainer.load(config.resume)}")
     if info.rank == 0:
         _enter_start(trainer, run_dir, info.world_size)
         trainer.metrics = MetricsWriter(
@@ -170,6 +173,7 @@ def _run(trainer: Trainer, stop: StopSignals, console: Console, run_dir: Path) -
     if not trainer.run(stop):
         console.info(f"stopped at step {trainer.progress.step}; saved {trainer.last_checkpoint}")
         return Outcome(trainer.progress.step, stop.agreed)
+    stop.all_saved()
     with trainer.watchdog.longer("closing evaluation"):
         record = trainer.finish()
     console.final(record, run_dir=run_dir, checkpoint=trainer.last_checkpoint)

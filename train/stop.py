@@ -40,6 +40,7 @@ class StopSignals:
         self._deadline_s = deadline_s
         self._wished_at_s: float | None = None
         self._left = threading.Event()
+        self._saved = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -72,7 +73,21 @@ class StopSignals:
                 self._wished_at_s = self._wished_at_s or time.monotonic()
         return self.agreed is not None
 
+    def all_saved(self) -> None:
+        """From now on a wish to stop, or one that came too late for the loop, ends the process at once, and well."""
+        self._saved = True
+        if self.received is not None:
+            self._leave(self.received)
+
+    def _leave(self, number: int) -> None:
+        said = f"octofold: ended by {signal.Signals(number).name} in the closing evaluation; the last step is saved"
+        print(said, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(exit_status(number))
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self._saved:
+            self._leave(number)
         now_s = time.monotonic()
         if self.received is None:
             self.received, self._wished_at_s = number, self._wished_at_s or now_s

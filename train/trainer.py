@@ -1,5 +1,6 @@
 """The loop: fetch a global batch, forward and backward, step, balance, report, evaluate, save."""
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 
 from octofold.backends.accounting import Accounting
 from octofold.backends.collectives import all_reduce_sum
+from octofold.backends.errors import UserError
 from octofold.backends.hierarchical import sums_taken
 from octofold.backends.observing import observed
 from octofold.backends.topology import Topology
@@ -154,10 +156,30 @@ class Trainer:
                     self.validate(train.eval_sequences)
                 if self.progress.step % self.config.checkpoint.every_steps == 0:
                     self.save()
-        self.save()
-        with self.watchdog.longer("save"):
-            self.checkpointer.wait()
+        self._save_for_good()
         return self.progress.step == train.steps
+
+    def _save_for_good(self) -> None:
+        """The last checkpoint, which no later interval makes up for: tried again after a while.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        retry_s = self.config.checkpoint.retry_s
+        for pause_s in (retry_s, 3 * retry_s, None):
+            self.save()
+            try:
+                with self.watchdog.longer("save"):
+                    self.checkpointer.wait()
+                return
+            except UserError as error:
+                if pause_s is None:
+                    raise
+                reason = str(error).splitlines()[0]
+                self.console.warn(f"{reason}; the run ends here, so it is tried again in {pause_s:g} s")
+            self.saved_step = None
+            with self.watchdog.longer("save"):
+                time.sleep(pause_s)
 
     def step(self, stop: StopSignals, bar: RunProgress) -> bool:
         """One attempted update; False: some rank has been asked to stop."""

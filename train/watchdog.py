@@ -81,6 +81,10 @@ class Watchdog:
         self._moved_s, self._step = time.monotonic(), step
         self._phases[0] = "training"
 
+    def sign(self) -> None:
+        """Something moves, such as a file that grows; any thread may say so."""
+        self._moved_s = time.monotonic()
+
     @contextmanager
     def longer(self, phase: str) -> Iterator[None]:
         """Allow more time than between steps for what happens inside, such as a save."""

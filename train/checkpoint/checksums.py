@@ -4,6 +4,7 @@ A block has a checksum of its own, so that a rank which reads a part of a file c
 They find what disks, memory and networks spoil by accident; they are no signature.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import xxhash
@@ -123,8 +124,9 @@ class CheckedFile:
         UnreadableError: (from any method) the disk or the store does not give it.
     """
 
-    def __init__(self, folder: Folder, name: str, record: FileRecord) -> None:
-        self.folder, self.name, self.record = folder, name, record
+    def __init__(self, folder: Folder, name: str, record: FileRecord, alive: Callable[[], None] = lambda: None) -> None:
+        """`alive`: called after each piece."""
+        self.folder, self.name, self.record, self._alive = folder, name, record, alive
         self.checked: set[int] = set()
         """Blocks that have been read and are as they were written."""
         self._reader: Reader | None = None
@@ -181,6 +183,7 @@ class CheckedFile:
             raise self._damaged(str(error.strerror or error)) from None
         except OSError as error:
             raise UnreadableError(unreadable(f"{self.folder}/{self.name}", error)) from None
+        self._alive()
         if got < len(out):
             raise self._damaged(f"it ends at byte {first + got}, and {self.record.nbytes} were written")
         if self.record.blocks is not None and checksum(out) != self.record.blocks[number]:

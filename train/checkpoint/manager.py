@@ -40,6 +40,9 @@ from octofold.train.config import CheckpointConfig
 
 TIMEOUT = timedelta(hours=12)
 """For ranks that have written to wait for those that still do."""
+OTHERS_S = 3600.0
+"""How much of that is no sign of a hang. A rank that hangs while it writes is found by its own watchdog."""
+SIGN_S = 1.0
 
 _saving: WeakKeyDictionary[Group, threading.Thread] = WeakKeyDictionary()
 """By group, the save under way: its calls and another's must not mix."""
@@ -50,7 +53,7 @@ class _Save:
     """A save under way, and how it ended."""
 
     step: int
-    asked_s: float
+    writer: CheckpointWriter
     published: Folder | None = None
     failure: str | None = None
     error: BaseException | None = None
@@ -130,11 +133,13 @@ class Checkpointer:
         *,
         made_by: dict[str, Any] | None = None,
         warn: Callable[[str], None] = lambda text: None,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             made_by: what each manifest says of the run (`Manifest.made_by`).
             warn: tells the user; called from other threads too.
+            alive: called while a checkpoint is read or written; from other threads too.
         """
         self.run_dir, self.config, self.device = run_dir, config, device
         self.checkpoints = checkpoints_of(run_dir, config.dir)
@@ -148,7 +153,7 @@ class Checkpointer:
         """Steps that pass the cheap check, and turned out to be damaged when they were loaded."""
         self.failures = 0
         """Saves in a row that failed."""
-        self._made_by, self.warn = made_by or {}, warn
+        self._made_by, self.warn, self._alive = made_by or {}, warn, alive
         self._copies = HostCopies()
         self._save: _Save | None = None
         self._failed: _Save | None = None
@@ -165,16 +170,15 @@ class Checkpointer:
         self._finish(wanted=step)
         if self.failures >= self.config.max_failures:
             raise self._unwritable()
-        save = _Save(step, time.monotonic())
         group = self._group()
         if self.config.asynchronous:
             shards = self._copies.take(tensors)
         else:
             shards = {name: shard_of(tensor) for name, tensor in tensors.items()}
         planner = ShardPlanner(tensors, shards)
-        writer = CheckpointWriter(self.checkpoints, f"step_{step}", state, self._made_by, self.warn)
-        self._save = save
-        thread = threading.Thread(target=self._write, args=(save, planner, writer, group), name=f"save {step}")
+        writer = CheckpointWriter(self.checkpoints, f"step_{step}", state, self._made_by, self.warn, self._alive)
+        self._save = save = _Save(step, writer)
+        thread = threading.Thread(target=self._write, args=(save, planner, group), name=f"save {step}")
         thread.daemon = True
         _saving[group] = thread
         thread.start()
@@ -277,7 +281,7 @@ class Checkpointer:
         if manifest.state.get("weights_only"):
             tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
         try:
-            read_tensors(folder, tensors, whole=whole, manifest=manifest, group=group)
+            read_tensors(folder, tensors, whole=whole, manifest=manifest, group=group, alive=self._alive)
         except DamagedError as error:
             if _is_in(folder, self.checkpoints) and not isinstance(error, UnreadableError):
                 self._damaged.add(Skipped(folder, error).step)
@@ -301,11 +305,11 @@ class Checkpointer:
         thread = _saving[host_group(TIMEOUT)]
         if wanted is not None and thread.is_alive():
             began_s = time.monotonic()
-            thread.join()
+            self._wait_for(thread, save)
             waited_s = time.monotonic() - began_s
             if waited_s > 0.1:
                 self.warn(f"step {wanted} waited {waited_s:.1f} s until the checkpoint of step {save.step} was written")
-        thread.join()
+        self._wait_for(thread, save)
         if save.error is not None:
             raise save.error
         if save.published is not None:
@@ -314,12 +318,20 @@ class Checkpointer:
             self.failures += 1
             self._failed = save
 
-    def _write(self, save: _Save, planner: ShardPlanner, writer: CheckpointWriter, group: Group) -> None:
+    def _wait_for(self, thread: threading.Thread, save: _Save) -> None:
+        """Until a save has ended. A rank whose part is done is not taken for one that hangs while others write."""
+        patient_until_s = time.monotonic() + OTHERS_S
+        while thread.is_alive():
+            thread.join(SIGN_S)
+            if not save.writer.writing and time.monotonic() < patient_until_s:
+                self._alive()
+
+    def _write(self, save: _Save, planner: ShardPlanner, group: Group) -> None:
         """Write, publish and retire, in a thread of its own."""
         final = self.checkpoints / f"step_{save.step}"
         try:
             with unobserved():
-                dcp.save({}, storage_writer=writer, planner=planner, process_group=group)
+                dcp.save({}, storage_writer=save.writer, planner=planner, process_group=group)
             save.published = final
         except CheckpointException as error:
             causes = {rank: failure[0] for rank, failure in error.failures.items()}

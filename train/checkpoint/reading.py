@@ -4,6 +4,7 @@ Every byte that is read is held to its checksum on the way.
 """
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -49,12 +50,14 @@ class CheckpointReader:
         manifest: Manifest | None = None,
         *,
         share: tuple[int, int] = (0, 1),
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             manifest: of the checkpoint, if it has been read.
             share: this rank's number and how many there are, where several read headers of different files; then they
                 exchange what they `found`, and `join` it.
+            alive: called after each piece that is read.
 
         Raises:
             DamagedError: a file is missing, cut short or damaged, or a tensor lacks a part.
@@ -62,7 +65,7 @@ class CheckpointReader:
         self.folder = folder_at(folder)
         self.manifest = manifest or read_manifest(self.folder)
         self.state: dict[str, Any] = self.manifest.state
-        self._opened = ExitStack()
+        self._opened, self._alive = ExitStack(), alive
         self.files: dict[str, CheckedFile] = {}
         """Those read so far."""
         mine = list(self.manifest.files)[share[0] :: share[1]]
@@ -109,7 +112,7 @@ class CheckpointReader:
     def file(self, name: str) -> CheckedFile:
         """A file, opened when it is first read."""
         if name not in self.files:
-            file = CheckedFile(self.folder, name, self.manifest.files[name])
+            file = CheckedFile(self.folder, name, self.manifest.files[name], self._alive)
             self.files[name] = self._opened.enter_context(file)
         return self.files[name]
 

@@ -47,6 +47,7 @@ def read_tensors(
     whole: bool = True,
     manifest: Manifest | None = None,
     group: Group | None = None,
+    alive: Callable[[], None] = lambda: None,
 ) -> None:
     """Collective: fill `tensors`, on any layout and in their own dtype, in place from a checkpoint.
 
@@ -58,6 +59,7 @@ def read_tensors(
         whole: also refuse a checkpoint that holds tensors not asked for, and check what no rank needed.
         manifest: of the checkpoint, if it has been read.
         group: of all ranks, to agree over; None: the default one.
+        alive: called after each piece that is read.
 
     Raises:
         DamagedError: a file is not what was written; some tensors may have been filled.
@@ -68,7 +70,9 @@ def read_tensors(
     with ExitStack() as opened:
         # Each rank reads the headers of a share of the files.
         reader = ranks.together(
-            lambda: CheckpointReader(folder, manifest or read_manifest(folder), share=(ranks.rank, ranks.size))
+            lambda: CheckpointReader(
+                folder, manifest or read_manifest(folder), share=(ranks.rank, ranks.size), alive=alive
+            )
         )
         opened.callback(reader.close)
         found = ranks.gather(reader.found)

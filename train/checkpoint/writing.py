@@ -105,8 +105,12 @@ class CheckpointWriter(StorageWriter):
         state: dict[str, Any],
         made_by: dict[str, Any],
         warn: Callable[[str], None],
+        alive: Callable[[], None],
     ) -> None:
-        self._warn = warn
+        """`alive`: called after each piece that is written."""
+        self._warn, self._alive = warn, alive
+        self.writing = False
+        """Whether this rank's own part is under way."""
         self._checkpoints, self._name, self._state, self._made_by = checkpoints, name, state, made_by
         self.manifest: Manifest | None = None
         """On the first rank, once published."""
@@ -155,7 +159,12 @@ class CheckpointWriter(StorageWriter):
         name = plan.storage_data
         folder = self._checkpoints.partial(self._name)
         folder.make()
-        record = write_shards(folder, name, [(item, planner.resolve_data(item)) for item in plan.items])
+        shards = [(item, planner.resolve_data(item)) for item in plan.items]
+        self.writing = True
+        try:
+            record = write_shards(folder, name, shards, self._alive)
+        finally:
+            self.writing = False
         done.set_result([WriteResult(MetadataIndex(name), record.nbytes, record)])
         return done
 
@@ -181,11 +190,14 @@ class CheckpointWriter(StorageWriter):
         return None
 
 
-def write_shards(folder: Folder, name: str, shards: Sequence[tuple[WriteItem, torch.Tensor | Any]]) -> FileRecord:
+def write_shards(
+    folder: Folder, name: str, shards: Sequence[tuple[WriteItem, torch.Tensor | Any]], alive: Callable[[], None]
+) -> FileRecord:
     """One file of shards, durable on return.
 
     Args:
         shards: what torch planned of each, and its numbers.
+        alive: called after each piece.
     """
     header: dict[str, Any] = {}
     places: dict[str, Any] = {}
@@ -212,6 +224,7 @@ def write_shards(folder: Folder, name: str, shards: Sequence[tuple[WriteItem, to
                 piece = view[begin : begin + BLOCK_BYTES]
                 sums.update(piece)
                 file.write(piece)
+                alive()
     return sums.record()
 
 
