@@ -18,9 +18,11 @@ class BackendConfig:
     timeout_s: float = 600.0
     """A collective that waits longer than this ends the run with an error."""
     ranks_per_node: int = 0
-    """Ranks that share a node's fast links; 0: as the launcher says (LOCAL_WORLD_SIZE, or Slurm's tasks a node)."""
+    """Ranks that share a node's fast links; 0: as the launcher says (LOCAL_WORLD_SIZE, or Slurm's tasks a node),
+    which on Ascend must agree with RANK_TABLE_FILE where that is set."""
     ranks_per_supernode: int = 0
-    """Ranks whose nodes share one fast plane, such as an Atlas 900 A3's; 0: there are no supernodes."""
+    """Ranks whose nodes share one fast plane, such as an Atlas 900 A3's; 0: as RANK_TABLE_FILE says, else there are
+    none."""
     all_reduce: str = "flat"
     """How the trainer's own sums over all ranks are taken: flat, in one step; hierarchical, inside nodes, then between
     them. Sums of gradients follow parallel.data_replicate."""

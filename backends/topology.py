@@ -7,10 +7,13 @@ between supernodes lies the *network*. Where there are no supernodes, the networ
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from octofold.backends.config import BackendConfig
 from octofold.backends.errors import ConfigError
 from octofold.backends.process_group import RankInfo
+from octofold.backends.rank_table import VARIABLE, RankTable
+from octofold.backends.rank_table import read as read_rank_table
 
 LINKS = ("local", "node", "supernode", "network")
 """Classes of links, nearest first: inside a rank's own memory, a node, a supernode, and beyond."""
@@ -29,16 +32,24 @@ class Topology:
         assert self.ranks_per_supernode % self.ranks_per_node == 0, self
 
     @staticmethod
-    def read(config: BackendConfig, info: RankInfo) -> "Topology":
-        """From the configuration, and where that is silent from the environment that `info` was read from.
+    def read(config: BackendConfig, info: RankInfo, rank_table: Path | None = None) -> "Topology":
+        """From the configuration; where that is silent from the rank table, or else the environment of `info`.
+
+        Args:
+            rank_table: HCCL's, which also tells super pods.
 
         Raises:
-            ConfigError: the environment's nodes are not of one size, or not numbered one after the other.
+            UserError: the environment's nodes are not of one size, or not numbered one after the other; the table
+                is not valid, or tells of another job.
         """
-        per_node = config.ranks_per_node or info.local_world_size
-        if not config.ranks_per_node:
-            _check_environment(info)
-        return Topology(per_node, config.ranks_per_supernode or per_node)
+        if config.ranks_per_node:
+            return Topology(config.ranks_per_node, config.ranks_per_supernode or config.ranks_per_node)
+        _check_environment(info)
+        if rank_table is None or info.world_size == 1:
+            return Topology(info.local_world_size, info.local_world_size)
+        table = read_rank_table(rank_table)
+        _check_table(table, info)
+        return Topology(table.ranks_per_server(), table.ranks_per_super_pod())
 
     def node(self, rank: int) -> int:
         """Number of the rank's node."""
@@ -66,6 +77,18 @@ class Topology:
         for rank in ranks:
             nodes.setdefault(self.node(rank), []).append(rank)
         return nodes
+
+
+def _check_table(table: RankTable, info: RankInfo) -> None:
+    """The table tells of this job: as many ranks, on nodes of the launcher's size."""
+    remedy = f"write the table of this job, unset {VARIABLE}, or set backend.ranks_per_node"
+    if table.ranks != info.world_size:
+        shown = f"WORLD_SIZE={info.world_size} {VARIABLE}={table.place} ({table.ranks} ranks)"
+        raise ConfigError(VARIABLE, shown, "the rank table lists every rank of the job", remedy)
+    per_server = table.ranks_per_server()
+    if per_server != info.local_world_size:
+        shown = f"LOCAL_WORLD_SIZE={info.local_world_size} {VARIABLE}={table.place} ({per_server} ranks a server)"
+        raise ConfigError(VARIABLE, shown, "the launcher and the rank table mean the same servers", remedy)
 
 
 def _check_environment(info: RankInfo) -> None:

@@ -23,6 +23,7 @@ verbs:
   verify    prove a configuration: a layout against one rank, a resume, FP8 against BF16
   import    begin a run from a Hugging Face checkpoint
   export    write a run's checkpoint for Hugging Face transformers, vLLM and others
+  rank-table  write HCCL's table of a job's devices from a list of servers, or check one
 
   octofold VERB --help          what a verb takes
   octofold --version
@@ -167,6 +168,25 @@ sharded safetensors with an index, config.json, tokenizer, model card. Prints th
 """
 
 
+RANK_TABLE_USAGE = """\
+usage: octofold rank-table HOSTS [rank_table.KEY=VALUE ...]     prints a rank table for HCCL
+       octofold rank-table TABLE.json                           checks one, of version 1.0, 1.2 or 2.0
+
+HOSTS (a file, or - for standard input) lists a server a line, in the order of their ranks: its name or IP, then its
+devices' IPs (address_0, address_1, ... of its /etc/hccn.conf) or the name of a copy of that file:
+
+  10.0.0.1  192.168.1.8 192.168.1.9
+  10.0.0.2  node2-hccn.conf
+
+  octofold rank-table hosts.txt > rank_table.json
+  export RANK_TABLE_FILE=$PWD/rank_table.json     on every server
+
+  rank_table.devices=8                   of a server without IPs, which only a job on one server may be
+  rank_table.servers_per_super_pod=0     0: version 1.0; else 1.2, with super pods (A3), where a device is written
+                                         IP@SUPER_DEVICE_ID, the SDID of `npu-smi info -t spod-info -i ID -c CHIP`
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit status.
 
@@ -261,6 +281,12 @@ def _verify(argv: list[str]) -> int:
     return run(argv)
 
 
+def _rank_table(argv: list[str]) -> int:
+    from octofold.launch.rank_table import run
+
+    return run(argv)
+
+
 def _train(argv: list[str]) -> int:
     from octofold.launch.train import run
 
@@ -275,4 +301,5 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "verify": (_verify, verify_usage(*VERIFY_SUBJECTS)),
     "import": (_import, IMPORT_USAGE),
     "export": (_export, EXPORT_USAGE),
+    "rank-table": (_rank_table, RANK_TABLE_USAGE),
 }

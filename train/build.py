@@ -1,10 +1,13 @@
 """Wiring: turns each part of the configuration into the object it concerns. The only file that knows all parts."""
 
+import os
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
+from octofold.backends import rank_table
 from octofold.backends.base import Backend
 from octofold.backends.errors import ConfigError
 from octofold.backends.process_group import RankInfo
@@ -224,7 +227,9 @@ def draft_fitting(
     """
     device = backend.device(info.local_rank)
     require_arithmetic(config.precision, backend.capabilities(info.local_rank))
-    topology = Topology.read(config.backend, info)
+    # HCCL alone reads it; beside another library it may be the table of some other job on this machine.
+    named = os.environ.get(rank_table.VARIABLE) if backend.collective_library == "hccl" else None
+    topology = Topology.read(config.backend, info, Path(named) if named else None)
     built = draft_model(config, device, tokenizer_size, training=training, topology=topology)
     require_memory(
         config.model.name,
