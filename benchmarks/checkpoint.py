@@ -4,8 +4,10 @@
 
 Plain: each rank writes the bytes of its shards into one file, one block after the other, and flushes it to the disk;
 and reads it back. Both sides read from the disk: pages are dropped before. Ours adds planning, checksums, a manifest,
-the renaming. The stall is how long `save` keeps a training step waiting when it goes on beside it; memory is the most
-that a rank holds beyond its tensors while it saves and loads. Sides alternate; medians of `--rounds`.
+the renaming. The stall is how long a training step waits when a checkpoint is saved beside it: in `save`, and before it
+may update weights, with matrix products of `--pass-s` seconds between, which stand for the forward and backward passes.
+How much longer those products take meanwhile is `slower`: on CPUs they share cores and memory with the save. Memory is
+the most that a rank holds beyond its tensors while it saves and loads. Sides alternate; medians of `--rounds`.
 """
 
 import argparse
@@ -81,7 +83,27 @@ def forget_pages(folder: Path) -> None:
             os.close(descriptor)
 
 
-def measure(folder: Path, total_bytes: int, rounds: int) -> dict[str, Any]:
+class Passes:
+    """Products of matrices that take about so long."""
+
+    def __init__(self, seconds: float) -> None:
+        self._matrix = torch.randn(512, 512)
+        self._count = 1
+        took_s = self()
+        while took_s < 0.1:
+            self._count *= 2
+            took_s = self()
+        self._count = max(1, round(self._count * seconds / took_s))
+
+    def __call__(self) -> float:
+        """Do them; returns the seconds they took."""
+        began_s = time.perf_counter()
+        for _ in range(self._count):
+            self._matrix @ self._matrix
+        return time.perf_counter() - began_s
+
+
+def measure(folder: Path, total_bytes: int, rounds: int, pass_s: float) -> dict[str, Any]:
     """On one rank, together with the others. Seconds are the slowest rank's."""
     torch.manual_seed(dist.get_rank())
     torch.set_num_threads(max(usable_cores() // dist.get_world_size(), 1))
@@ -111,13 +133,24 @@ def measure(folder: Path, total_bytes: int, rounds: int) -> dict[str, Any]:
         timed("plain read", lambda: plain_read(plain, shards))
         timed("load", lambda: waits.load(folder / "waits", tensors))
         peaks["waiting"] = peak_bytes() - held_bytes
+    passes = Passes(pass_s)
     for step in range(1, rounds + 2):
-        timed("stall", lambda step=step: beside.save(step, tensors, {"step": step}))  # type: ignore[misc]
+        dist.barrier()
+        alone_s = passes()
+        began_s = time.perf_counter()
+        beside.save(step, tensors, {"step": step}, until_update=True)
+        between_s = passes()
+        beside.let_go()
+        told = torch.tensor([time.perf_counter() - began_s - between_s, between_s - alone_s])
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        for name, value in zip(("stall", "slower"), told.tolist(), strict=True):
+            times.setdefault(name, []).append(value)
         timed("beside", beside.wait)
     peaks["beside"] = peak_bytes() - held_bytes
     local_bytes = sum(shard.numel() * shard.element_size() for shard in shards)
     # The first one beside training also gets its memory from the system.
-    first_stall_s, *times["stall"] = times["stall"]
+    first_stall_s = times["stall"].pop(0)
+    times["slower"].pop(0)
     return {
         "bytes": local_bytes,
         "seconds": {name: statistics.median(values) for name, values in times.items()},
@@ -145,13 +178,14 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=1.0, help="of all ranks together")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pass-s", type=float, default=2.0, help="of a step's forward and backward passes")
     parser.add_argument("--folder", type=Path, default=None, help="on the disk to measure")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=options.folder))
     try:
         with LocalRanks(options.ranks) as ranks:
-            of_ranks = ranks.run(measure, folder, int(options.gb * 1e9), options.rounds, timeout_s=3600)
+            of_ranks = ranks.run(measure, folder, int(options.gb * 1e9), options.rounds, options.pass_s, timeout_s=3600)
     finally:
         shutil.rmtree(folder)
     figures = of_ranks[0]
@@ -167,7 +201,8 @@ def main() -> None:
         return
     print(f"{total / 1e9:.2f} GB on {options.ranks} rank(s), medians of {options.rounds}")
     for name, value in seconds.items():
-        print(f"  {name:<12} {value:7.3f} s  {total / 1e9 / value:6.2f} GB/s")
+        rate = f"  {total / 1e9 / value:6.2f} GB/s" if name not in ("stall", "slower") else ""
+        print(f"  {name:<12} {value:7.3f} s{rate}")
     for name, value in ratios.items():
         print(f"  {name:<22} {value:.1%}")
     for name, value in figures["beyond_state_bytes"].items():

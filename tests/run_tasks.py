@@ -3,6 +3,7 @@
 import gc
 import io
 import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +27,7 @@ from octofold.backends.errors import UserError
 from octofold.backends.process_group import RankInfo, joined
 from octofold.backends.recording import Record, recorded
 from octofold.backends.registry import resolve
+from octofold.train.checkpoint.writing import HostCopies
 from octofold.train.config import RunConfig
 from octofold.train.console import Console
 from octofold.train.engines.native import StepResult
@@ -72,6 +74,31 @@ def run(config: RunConfig, run_dir: Path, stop_at: int | None = None) -> dict[st
     trainer.loader.next_step = after(ask, trainer.loader.next_step)  # type: ignore[method-assign]
     assert trainer.run(stop) == (stop_at is None)
     return outcome(trainer, run_dir)
+
+
+def run_while_copies_wait(config: RunConfig, run_dir: Path) -> dict[str, Any]:
+    """`run`, where what a checkpoint copies waits for the next forward pass to begin; `overlapped`: how often."""
+    trainer = build(config, run_dir)
+    began, finish, update = threading.Event(), HostCopies.finish, trainer.engine.step
+    overlapped = []
+
+    def late(copies: HostCopies) -> None:
+        overlapped.append(began.wait(0.0 if trainer.progress.step == config.train.steps else 20.0))
+        time.sleep(0.05)
+        finish(copies)
+
+    def checked(*given: Any) -> StepResult:
+        save = trainer.checkpointer._save
+        assert save is None or save.copied.is_set(), "an update that changes what is being copied"
+        began.clear()
+        return update(*given)
+
+    trainer.model.register_forward_pre_hook(lambda *_: began.set())
+    trainer.engine.step = checked  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HostCopies, "finish", late)
+        assert trainer.run(StopSignals())
+    return {**outcome(trainer, run_dir), "overlapped": sum(overlapped)}
 
 
 def run_with_dropout(config: RunConfig, run_dir: Path, stop_at: int | None = None) -> dict[str, Any]:

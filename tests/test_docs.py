@@ -40,6 +40,7 @@ def test_the_tutorial_has_all_three_parts() -> None:
     assert sum("octofold train" in command for command in COMMANDS) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split("run_dir=")[-1])
 def test_command(command: str, folder: Path) -> None:
     here = Path(sys.executable).parent

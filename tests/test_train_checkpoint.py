@@ -300,3 +300,23 @@ def test_half_removed_checkpoint_is_not_listed(trained, tmp_path):
     (run_dir / "checkpoints" / "step_3" / "manifest.json").unlink()
     assert steps_of(run_dir) == [1, 2]
     assert newest(run_dir).name == "step_2"
+
+
+FP8: dict[str, Any] = {"precision": {"name": "fp8_tensor_delayed", "arithmetic": "emulate"}}
+
+
+@pytest.mark.parametrize("groups", [{}, BF16, FP8], ids=["fp64", "bf16", "fp8"])
+def test_what_is_copied_beside_the_next_passes_is_what_was_there(groups, root, ranks, tmp_path):
+    """The passes begin while a checkpoint's tensors are still being copied, and the update waits."""
+    config = tiny_run(root, 2, train={"steps": 3}, checkpoint={"every_steps": 1, "keep": 0}, **groups)
+    late = ranks(2).run(run_tasks.run_while_copies_wait, config, tmp_path / "late")
+    assert [rank["overlapped"] for rank in late] == [2, 2]
+    at_once = tiny_run(
+        root, 2, train={"steps": 3}, checkpoint={"every_steps": 1, "asynchronous": False, "keep": 0}, **groups
+    )
+    ranks(2).run(run_tasks.run, at_once, tmp_path / "at_once")
+    for step in (1, 2, 3):
+        found, expected = (tensors_of(tmp_path / run / "checkpoints" / f"step_{step}") for run in ("late", "at_once"))
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(tensor, found[name]), (step, name)

@@ -74,7 +74,12 @@ def assert_resumes_to(expected: dict[str, Any], root: Path, run_dir: Path, n: in
 
 @pytest.mark.parametrize(
     ("n", "number", "status"),
-    [(1, signal.SIGINT, 130), (1, signal.SIGUSR1, 0), (2, signal.SIGINT, 130), (2, signal.SIGTERM, 0)],
+    [
+        (1, signal.SIGINT, 130),
+        pytest.param(1, signal.SIGUSR1, 0, marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGINT, 130, marks=pytest.mark.slow),
+        (2, signal.SIGTERM, 0),
+    ],
 )
 def test_signal_saves_and_the_run_goes_on(n, number, status, root, undisturbed, ranks, tmp_path):
     run_dir = tmp_path / "run"
@@ -106,6 +111,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(root, tmp_path):
     assert newest(run_dir).name == f"step_{last}"
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_slurms_tasks_stops_all(root, tmp_path):
     """`#SBATCH --signal=USR1@60` reaches every task, but not at once."""
     (port,) = free_ports(1)

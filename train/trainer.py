@@ -194,6 +194,7 @@ class Trainer:
         asked = shares_J.new_tensor(stop.wishes())
         losses, others = self._sum(shares_J, torch.cat([asked, take_traffic(self.model).to(shares_J)]))
         asked, sent = others[: len(asked)], others[len(asked) :]
+        self.checkpointer.let_go()
         result = self.engine.step(partial(self.guard.allows, losses))
         roll_histories(self.model, self.names.delayed)
         loads_GE = self._balance(result, schedule)
@@ -404,7 +405,9 @@ class Trainer:
             return
         state = self.state()  # of experts where they stand now, which the tensors do not show
         with self.interval.paused(), self.watchdog.longer("save"), self.logical_order():
-            self.checkpointer.save(self.progress.step, self.engine.tensors(), state)
+            # Where experts are put in their order for it, they go back at once.
+            steady = self.placement is None
+            self.checkpointer.save(self.progress.step, self.engine.tensors(), state, until_update=steady)
         self.saved_step = self.progress.step
 
     def state(self) -> dict[str, Any]:

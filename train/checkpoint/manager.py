@@ -25,7 +25,7 @@ from octofold.train.checkpoint.claim import claimed
 from octofold.train.checkpoint.folders import ASIDE, Folder, LocalFolder, folder_at
 from octofold.train.checkpoint.manifest import MANIFEST, Manifest, write_manifest
 from octofold.train.checkpoint.retention import retired
-from octofold.train.checkpoint.storage import Ranks, read_tensors
+from octofold.train.checkpoint.storage import OPTIONAL, Ranks, read_tensors
 from octofold.train.checkpoint.validity import (
     CHECKPOINTS,
     Skipped,
@@ -54,6 +54,8 @@ class _Save:
 
     step: int
     writer: CheckpointWriter
+    copied: threading.Event = field(default_factory=threading.Event)
+    """Whether the tensors may change."""
     published: Folder | None = None
     failure: str | None = None
     error: BaseException | None = None
@@ -158,8 +160,14 @@ class Checkpointer:
         self._save: _Save | None = None
         self._failed: _Save | None = None
 
-    def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    def save(
+        self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], *, until_update: bool = False
+    ) -> None:
         """Copy `tensors` to host memory, and publish a checkpoint of them beside what comes next.
+
+        Args:
+            until_update: only `let_go` must return before weights and moments change. What lies in host memory already
+                is then copied beside the next forward and backward passes, too.
 
         One is written at a time: while another is, this waits for it, and says so. One that fails is warned of, and
         leaves the earlier ones as they are; `checkpoint.max_failures` of them in a row are an error.
@@ -172,7 +180,8 @@ class Checkpointer:
             raise self._unwritable()
         group = self._group()
         if self.config.asynchronous:
-            shards = self._copies.take(tensors)
+            # State of an FP8 recipe changes in a forward pass.
+            shards = self._copies.take(tensors, later=lambda name: until_update and not name.startswith(OPTIONAL))
         else:
             shards = {name: shard_of(tensor) for name, tensor in tensors.items()}
         planner = ShardPlanner(tensors, shards)
@@ -184,6 +193,11 @@ class Checkpointer:
         thread.start()
         if not self.config.asynchronous:
             self._finish()
+
+    def let_go(self) -> None:
+        """Return once the save under way needs the tensors no longer. Not collective."""
+        if self._save is not None:
+            self._save.copied.wait()
 
     def wait(self) -> Folder | None:
         """Return once all that was asked for is published: the newest, None if there is none.
@@ -330,6 +344,10 @@ class Checkpointer:
         """Write, publish and retire, in a thread of its own."""
         final = self.checkpoints / f"step_{save.step}"
         try:
+            try:
+                self._copies.finish()
+            finally:
+                save.copied.set()
             with unobserved():
                 dcp.save({}, storage_writer=save.writer, planner=planner, process_group=group)
             save.published = final

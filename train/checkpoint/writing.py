@@ -40,10 +40,16 @@ class HostCopies:
 
     def __init__(self) -> None:
         self._kept: dict[str, torch.Tensor] = {}
+        self._later: dict[str, torch.Tensor] = {}
 
-    def take(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copies of this rank's shards by name, complete on return."""
+    def take(self, tensors: dict[str, torch.Tensor], *, later: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+        """Copies of this rank's shards by name, complete on return but for those that `finish` makes.
+
+        Args:
+            later: whether a tensor stays as it is until `finish` has returned; heeded for those in host memory.
+        """
         shards = {name: shard_of(tensor) for name, tensor in tensors.items()}
+        self._later.clear()
         for name in self._kept.keys() - shards.keys():
             del self._kept[name]
         devices = set()
@@ -53,12 +59,21 @@ class HostCopies:
                 pinned = shard.device.type != "cpu"
                 kept = torch.empty(shard.shape, dtype=shard.dtype, device="cpu", pin_memory=pinned)
                 self._kept[name] = kept
+            if shard.device.type == "cpu" and later(name):
+                self._later[name] = shard
+                continue
             kept.copy_(shard, non_blocking=True)
             devices.add(shard.device)
         for device in devices:
             if device.type != "cpu":
                 torch.get_device_module(device).synchronize(device)
         return dict(self._kept)
+
+    def finish(self) -> None:
+        """Make the copies that were put off; from any thread."""
+        while self._later:
+            name, shard = self._later.popitem()
+            self._kept[name].copy_(shard)
 
 
 def shard_of(tensor: torch.Tensor) -> torch.Tensor:
