@@ -23,6 +23,7 @@ verbs:
   verify    prove a configuration: a layout against one rank, a resume, FP8 against BF16
   import    begin a run from a Hugging Face checkpoint
   export    write a run's checkpoint for Hugging Face transformers, vLLM and others
+  doctor    check this machine and the job's environment, and say what is wrong and the remedy
   rank-table  write HCCL's table of a job's devices from a list of servers, or check one
 
   octofold VERB --help          what a verb takes
@@ -168,6 +169,19 @@ sharded safetensors with an index, config.json, tokenizer, model card. Prints th
 """
 
 
+DOCTOR_USAGE = """\
+usage: octofold doctor [FOLDER] [--json]
+
+Checks this machine and the environment that a job would have: Python, torch, CUDA and NCCL; torch_npu, CANN, the Ascend
+driver and chip; ranks, rank table and HCCL's variables; interfaces and ports; processor, memory, disk, clock. What is
+wrong comes with its remedy. Run it as a job would be, so that it sees what the job sees: under srun, say.
+
+  FOLDER     where runs are to be written; default: runs
+  --json     for programs: {"ok": ..., "findings": [{"status", "what", "remedy", "name"}, ...]}
+
+exit status: 0 nothing fails (there may be warnings), 1 something does
+"""
+
 RANK_TABLE_USAGE = """\
 usage: octofold rank-table HOSTS [rank_table.KEY=VALUE ...]     prints a rank table for HCCL
        octofold rank-table TABLE.json                           checks one, of version 1.0, 1.2 or 2.0
@@ -281,6 +295,12 @@ def _verify(argv: list[str]) -> int:
     return run(argv)
 
 
+def _doctor(argv: list[str]) -> int:
+    from octofold.launch.doctor import run
+
+    return run(argv)
+
+
 def _rank_table(argv: list[str]) -> int:
     from octofold.launch.rank_table import run
 
@@ -301,5 +321,6 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "verify": (_verify, verify_usage(*VERIFY_SUBJECTS)),
     "import": (_import, IMPORT_USAGE),
     "export": (_export, EXPORT_USAGE),
+    "doctor": (_doctor, DOCTOR_USAGE),
     "rank-table": (_rank_table, RANK_TABLE_USAGE),
 }

@@ -25,7 +25,17 @@ def ask(monkeypatch, capsys):
 
 
 def test_verbs_come_first(ask):
-    assert ask("octofold ") == ["train", "sample", "report", "inspect", "verify", "import", "export", "rank-table"]
+    assert ask("octofold ") == [
+        "train",
+        "sample",
+        "report",
+        "inspect",
+        "verify",
+        "import",
+        "export",
+        "doctor",
+        "rank-table",
+    ]
     assert ask("/some/bin/octofold re") == ["report"]
     assert ask("octofold train", point=10) == ["train"]
 

@@ -1,0 +1,32 @@
+"""Prints what torch says of itself and its devices, as JSON on the last line. Run by its path in a process of its own.
+
+That process may die or hang with a broken installation, which must not take `octofold doctor` with it.
+"""
+
+import json
+from typing import Any
+
+
+def device_facts(module: Any) -> dict[str, Any]:
+    """Devices of `torch.cuda` or `torch.npu`, by what they say of themselves, or why they say nothing."""
+    try:
+        return {"devices": [module.get_device_name(index) for index in range(module.device_count())]}
+    except Exception as error:  # noqa: BLE001 whatever a broken driver raises is the answer
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def facts() -> dict[str, Any]:
+    """Of the torch that this interpreter imports."""
+    import torch
+
+    said: dict[str, Any] = {"torch": torch.__version__, "cuda_build": torch.version.cuda}
+    if torch.version.cuda and torch.cuda.is_available():
+        said["cuda"] = device_facts(torch.cuda)
+        said["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    if hasattr(torch, "npu"):
+        said["npu"] = device_facts(torch.npu)
+    return said
+
+
+if __name__ == "__main__":
+    print(json.dumps(facts()))
