@@ -13,6 +13,7 @@ from octofold.backends.errors import UserError
 from octofold.launch import doctor_ascend, doctor_job, doctor_machine, doctor_network, doctor_torch
 from octofold.launch.doctor_ascend_files import cann_home, device_files, driver_file, unsourced_cann
 from octofold.launch.doctor_finding import FAIL, OK, WARN, Finding, Surroundings
+from octofold.launch.doctor_pci import HUAWEI_VENDOR, NPU_CLASSES, pci_devices
 from octofold.launch.doctor_probe import ask_torch
 
 CHECKS = (
@@ -31,8 +32,9 @@ def diagnose(environ: Mapping[str, str], run_dir: Path) -> list[Finding]:
     Args:
         run_dir: where runs are to be written; need not exist.
     """
-    signs = (doctor_torch.installed("torch-npu"), cann_home(environ), unsourced_cann(), driver_file(environ))
-    here = Surroundings(environ, run_dir, ask_torch(environ), ascend=any(signs) or bool(device_files()))
+    installed = (doctor_torch.installed("torch-npu"), cann_home(environ), unsourced_cann(), driver_file(environ))
+    devices = device_files() or pci_devices(HUAWEI_VENDOR, NPU_CLASSES)
+    here = Surroundings(environ, run_dir, ask_torch(environ), ascend=any(installed) or bool(devices))
     return [finding for check in CHECKS for finding in check.findings(here)]
 
 

@@ -87,7 +87,8 @@ def check_cann(here: Surroundings) -> Iterator[Finding]:
         yield ok(f"{cann} ({home})")
     real = os.path.realpath(home)
     libraries = [path for path in here.environ.get("LD_LIBRARY_PATH", "").split(":") if path]
-    if not any(os.path.realpath(path).startswith(real) for path in libraries):
+    # In some releases home/lib64 is a link that leads out of home.
+    if not any(path.startswith(str(home)) or os.path.realpath(path).startswith(real) for path in libraries):
         yield NO_LIBRARIES.found(place=home)
     if not has_operators(home):
         yield NO_OPERATORS.found(place=home)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from octofold.launch.doctor_finding import FAIL, WARN, Check, Finding, Problem, Surroundings, ok
 from octofold.launch.doctor_matrix import CUDA_DRIVERS, NCCL_RENAMED, PYTHON, TORCH
+from octofold.launch.doctor_pci import GPU_CLASSES, NVIDIA_VENDOR, pci_devices
 from octofold.launch.doctor_probe import AUTOLOAD
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -77,9 +78,7 @@ def check_torch(here: Surroundings) -> Iterator[Finding]:
 
 
 NO_DRIVER = Problem(
-    WARN,
-    "torch {torch} is built for CUDA {cuda}, and no NVIDIA driver is here",
-    "install the driver, or train on the CPU",
+    FAIL, "{count} NVIDIA GPU(s) on the PCI bus, and no driver", "install NVIDIA's driver; in a container: --gpus all"
 )
 BUILD_WITHOUT = Problem(
     WARN,
@@ -103,13 +102,12 @@ RENAMED = Problem(WARN, "{name} is not read by this torch", "set {other} instead
 def check_cuda(here: Surroundings) -> Iterator[Finding]:
     cuda, torch = here.torch.said.get("cuda_build"), here.torch.version
     driver = _driver()
-    if not cuda and not driver:
-        yield ok("no NVIDIA driver, and torch is built without CUDA")
+    gpus_there = pci_devices(NVIDIA_VENDOR, GPU_CLASSES)
+    if not driver:
+        yield NO_DRIVER.found(count=gpus_there) if gpus_there else ok("no NVIDIA GPU is here")
     elif torch and not cuda:
         yield BUILD_WITHOUT.found(driver=driver, torch=torch)
-    elif torch and not driver:
-        yield NO_DRIVER.found(torch=torch, cuda=cuda)
-    elif torch and cuda and driver:
+    elif torch and cuda:
         least = CUDA_DRIVERS.get(numbers(cuda)[0])
         if least and numbers(driver)[:2] < least:
             yield OLD_DRIVER.found(driver=driver, least=".".join(map(str, least)), cuda=cuda)

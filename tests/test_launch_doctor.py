@@ -12,7 +12,7 @@ import doctor_page
 import pytest
 from broken_sites import NO_HCCL, NPU_POINTS, ascend, distribution, package
 
-from octofold.launch import doctor_ascend, doctor_ascend_files, doctor_torch
+from octofold.launch import doctor_ascend, doctor_ascend_files, doctor_pci, doctor_torch
 from octofold.launch.cli import main
 from octofold.launch.doctor import CHECKS
 from octofold.launch.doctor_finding import Problem, Surroundings
@@ -182,6 +182,10 @@ def test_cann_that_is_there_but_not_sourced(here, npu, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor_ascend_files, "ROOT", tmp_path / "Ascend")
     assert "the environment does not name it" in said_by("cann", here({}))[0][1]
     assert said_by("cann", here({**environ, "LD_LIBRARY_PATH": "/lib"}))[1][1].startswith("LD_LIBRARY_PATH names no")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "Ascend/cann/lib64").symlink_to(tmp_path / "elsewhere")
+    linked = {**environ, "LD_LIBRARY_PATH": str(tmp_path / "Ascend/cann/lib64")}
+    assert [status for status, _ in said_by("cann", here(linked))] == ["ok"]
     assert "which is no folder" in said_by("cann", here({"ASCEND_TOOLKIT_HOME": str(tmp_path / "gone")}))[0][1]
 
 
@@ -209,7 +213,7 @@ NVIDIA = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.133.20  R
 @pytest.mark.parametrize(
     ("driver", "said", "part"),
     [
-        (None, {"torch": "2.13.0", "cuda_build": "13.0"}, "no NVIDIA driver is here"),
+        (None, {"torch": "2.13.0", "cuda_build": "13.0"}, "2 NVIDIA GPU(s) on the PCI bus, and no driver"),
         (
             NVIDIA,
             {"torch": "2.13.0+cpu", "cuda_build": None},
@@ -223,6 +227,11 @@ NVIDIA = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.133.20  R
 )
 def test_cuda(driver, said, part, here, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor_torch, "NVIDIA_DRIVER", tmp_path / "version")
+    monkeypatch.setattr(doctor_pci, "DEVICES", tmp_path / "pci")
+    for number, (vendor, kind) in enumerate([("0x10de", "0x030200"), ("0x10de", "0x030000"), ("0x10de", "0x040300")]):
+        (tmp_path / f"pci/{number}").mkdir(parents=True)
+        (tmp_path / f"pci/{number}/vendor").write_text(f"{vendor}\n")
+        (tmp_path / f"pci/{number}/class").write_text(f"{kind}\n")
     if driver:
         (tmp_path / "version").write_text(driver)
     found = said_by("cuda", here({"CUDA_VISIBLE_DEVICES": "7", "NCCL_BLOCKING_WAIT": "1"}, said))
