@@ -27,6 +27,7 @@ from octofold.backends.errors import UserError
 from octofold.backends.process_group import RankInfo, joined
 from octofold.backends.recording import Record, recorded
 from octofold.backends.registry import resolve
+from octofold.train import closing
 from octofold.train.checkpoint.writing import HostCopies
 from octofold.train.config import RunConfig
 from octofold.train.console import Console
@@ -298,7 +299,7 @@ def validate(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     gates = trainer.gates.values()
     for gate in gates:
         gate.load_E.fill_(5)
-    record = trainer.validate(trainer.config.train.eval_sequences)
+    record = closing.validate(trainer, trainer.config.train.eval_sequences)
     loads = {int(load) for gate in gates for load in gate.load_E}
     return {"record": record, "training": all(m.training for m in trainer.model.modules()), "loads": loads}
 

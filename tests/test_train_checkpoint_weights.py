@@ -15,9 +15,9 @@ from tiny_models import SMALL, decoder
 from octofold.backends.errors import UserError
 from octofold.kernels.reference.block_cast import dequantize_blocks, quantize_blocks
 from octofold.parallel.local_ranks import RankError
-from octofold.train.checkpoint.manager import publish_weights
 from octofold.train.checkpoint.quantized import dequantize_window, scale_shape
 from octofold.train.checkpoint.reading import CheckpointReader
+from octofold.train.checkpoint.weights import publish_weights
 
 BLOCK = 8
 MODEL = replace(SMALL, hidden_size=20, moe_intermediate_size=13, n_routed_experts=6, num_nextn_predict_layers=1)

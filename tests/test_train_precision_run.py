@@ -10,6 +10,7 @@ import run_tasks
 import torch
 from run_configs import TINY, tiny_run, write_corpus
 
+from octofold.train.closing import validate
 from octofold.train.config import RunConfig
 from octofold.train.precision.config import FP8, LossScaleConfig, OverrideConfig
 
@@ -174,7 +175,7 @@ def test_generation_and_evaluation_leave_training_alone(corpus, tmp_path):
         found = []
         for _ in range(3):
             if evaluate:
-                trainer.validate(2)
+                validate(trainer, 2)
             batches = trainer.loader.next_step()
             tokens_J = torch.tensor([float(sum((b.labels_BS >= 0).sum() for b in batches))])
             found.append(float(trainer._accumulate(batches, tokens_J, trainer._schedule())[0]))

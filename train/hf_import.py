@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from octofold.backends.errors import UserError
-from octofold.train.checkpoint.manager import publish_weights
 from octofold.train.checkpoint.quantized import SCALE_SUFFIX, scale_shape
 from octofold.train.checkpoint.safetensors_files import OutputTensor, StoredTensor, read_header, read_rows, slabs_of
+from octofold.train.checkpoint.weights import publish_weights
 from octofold.train.data.config import DataConfig
 from octofold.train.data.tokenizer import load_tokenizer
 from octofold.train.hf_files import finite, refuse, unwritable, write_shards

@@ -20,8 +20,10 @@ from octofold.train.build import (
     materialise,
     model_config,
 )
-from octofold.train.checkpoint.manager import Checkpointer, owned
+from octofold.train.checkpoint.manager import Checkpointer
+from octofold.train.checkpoint.owning import owned
 from octofold.train.checkpoint.storage import Ranks
+from octofold.train.closing import finish
 from octofold.train.config import RunConfig
 from octofold.train.console import Console
 from octofold.train.data.build import build_data
@@ -175,6 +177,6 @@ def _run(trainer: Trainer, stop: StopSignals, console: Console, run_dir: Path) -
         return Outcome(trainer.progress.step, stop.agreed)
     stop.all_saved()
     with trainer.watchdog.longer("closing evaluation"):
-        record = trainer.finish()
+        record = finish(trainer)
     console.final(record, run_dir=run_dir, checkpoint=trainer.last_checkpoint)
     return Outcome(trainer.progress.step)

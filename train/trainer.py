@@ -27,15 +27,14 @@ from octofold.train.anomaly.respond import respond
 from octofold.train.build import Names
 from octofold.train.checkpoint.folders import Folder
 from octofold.train.checkpoint.manager import Checkpointer
+from octofold.train.closing import validate
 from octofold.train.config import RunConfig
 from octofold.train.console import Console, RunProgress
 from octofold.train.data.batch import Batch
 from octofold.train.data.build import Data
 from octofold.train.data.loader import Loader
-from octofold.train.data.ngram import ngram_baselines
 from octofold.train.data.stream import StreamLoader
 from octofold.train.engines.native import NativeEngine, StepResult
-from octofold.train.evaluate import evaluate
 from octofold.train.flops import Utilisation
 from octofold.train.metrics import MetricsWriter
 from octofold.train.models.balance import LOSSES
@@ -46,7 +45,6 @@ from octofold.train.precision.apply import forget_weights, roll_histories, set_l
 from octofold.train.precision.watch import Health, Watch
 from octofold.train.random_state import seed_step
 from octofold.train.reporting import Interval, load_record, step_metrics
-from octofold.train.sampling import generate
 from octofold.train.stop import StopSignals
 from octofold.train.watchdog import Watchdog
 
@@ -153,7 +151,7 @@ class Trainer:
                 if self.progress.step == train.steps or not going_on:
                     break
                 if train.eval_every and self.progress.step % train.eval_every == 0:
-                    self.validate(train.eval_sequences)
+                    validate(self, train.eval_sequences)
                 if self.progress.step % self.config.checkpoint.every_steps == 0:
                     self.save()
         self._save_for_good()
@@ -334,65 +332,6 @@ class Trainer:
         progress = {"step": self.progress.step, "tokens_seen": self.progress.tokens_seen}
         engine = {"updates": self.engine.updates, "loss_scale": self.engine.scaler.state_dict()}
         return {**progress, **engine, "loader": loader, "guard": self.guard.state_dict()}
-
-    def validate(self, sequences: int) -> dict[str, Any] | None:
-        """Loss on the first `sequences` of the validation split, logged and shown; None where there is no split."""
-        if self.data.validation is None:
-            return None
-        sequences = min(sequences, len(self.data.validation))
-        batches = self.data.validation_batches(
-            sequences=sequences,
-            micro_batch_size=self.config.train.micro_batch_size,
-            data_rank=self.meshes.data_rank,
-            data_ranks=self.config.parallel.data,
-        )
-        with self.interval.paused(), self.watchdog.longer("evaluation"):
-            mask = self.config.data.mask_documents
-            loss, tokens = evaluate(
-                self.model, batches, self.meshes, pipeline=self.pipeline, mask_documents=mask, device=self.device
-            )
-        record = {
-            "kind": "validation",
-            "step": self.progress.step,
-            "loss": loss,
-            "loss_per_byte": loss / self.data.validation.bytes_per_token,
-            "tokens": tokens,
-        }
-        self.log(record)
-        self.console.validation(record)
-        return record
-
-    def finish(self) -> dict[str, Any]:
-        """Closing validation, n-gram baselines and a sample, as the `final` record."""
-        train_s = self.interval.elapsed_s
-        validation = self.validate(self.config.train.final_eval_sequences)
-        text = ""
-        if self.config.train.sample_tokens and not self.meshes.whole_model:
-            self.console.info("no sample: no rank sees all of a sequence and a model; `octofold sample` reads the run")
-        elif self.config.train.sample_tokens:
-            text = generate(
-                self.model,
-                self.data.tokenizer,
-                self.config.train.sample_prompt,
-                pipeline=self.pipeline,
-                tokens=self.config.train.sample_tokens,
-                context=self.config.data.sequence_length,
-                temperature=0.7,
-                top_k=50,
-                seed=self.config.train.seed,
-                device=self.device,
-            )
-        record = {
-            "kind": "final",
-            "step": self.progress.step,
-            "validation_loss": validation and validation["loss"],
-            "validation_loss_per_byte": validation and validation["loss_per_byte"],
-            "baselines": ngram_baselines(self.data) if validation and self.rank == 0 else {},
-            "sample": text,
-            "train_s": train_s,
-        }
-        self.log(record)
-        return record
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append to the metrics (rank 0)."""

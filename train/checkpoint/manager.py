@@ -1,13 +1,10 @@
 """The checkpoints of a run: saved beside training and published whole, loaded from the newest that is valid."""
 
-import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,19 +18,15 @@ from octofold.backends.errors import ConfigError, UserError
 from octofold.backends.host_group import host_group
 from octofold.backends.observing import unobserved
 from octofold.train.checkpoint.checksums import DamagedError, UnreadableError
-from octofold.train.checkpoint.claim import claimed
-from octofold.train.checkpoint.folders import ASIDE, Folder, LocalFolder, folder_at
-from octofold.train.checkpoint.manifest import MANIFEST, Manifest, write_manifest
-from octofold.train.checkpoint.retention import retired
+from octofold.train.checkpoint.folders import Folder, LocalFolder
+from octofold.train.checkpoint.keeping import Keeper
+from octofold.train.checkpoint.manifest import Manifest
 from octofold.train.checkpoint.storage import OPTIONAL, Ranks, read_tensors
 from octofold.train.checkpoint.validity import (
-    CHECKPOINTS,
     Skipped,
     candidates,
     checkpoints_of,
     nothing_valid,
-    step_folders,
-    valid_checkpoints,
 )
 from octofold.train.checkpoint.writing import CheckpointWriter, HostCopies, ShardPlanner, shard_of
 from octofold.train.config import CheckpointConfig
@@ -73,50 +66,6 @@ class Loaded:
     """Newer ones that are not valid, newest first."""
 
 
-def publish_weights(run_dir: Path, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
-    """Write a checkpoint of weights only as step 0 of a run, from one process; all of it or nothing.
-
-    Args:
-        write: fills a folder with safetensors files of whole tensors named model.…; a weight may be E4M3 beside its
-            scales (train/checkpoint/quantized.py).
-        state: joins the manifest; `block` is the edge of the FP8 blocks.
-    """
-    checkpoints = folder_at(run_dir / CHECKPOINTS)
-    partial = checkpoints.partial("step_0")
-    try:
-        checkpoints.begin("step_0", MANIFEST)
-        write(Path(str(partial)))
-        start = {"step": 0, "updates": 0, "tokens_seen": 0, "weights_only": True}
-        write_manifest(partial, {**start, **state})
-        return Path(str(checkpoints.publish("step_0")))
-    except BaseException:
-        shutil.rmtree(str(partial), ignore_errors=True)
-        raise
-
-
-@contextmanager
-def owned(run_dir: Path, config: CheckpointConfig, *, begins: bool) -> Iterator[None]:
-    """The place of a run's checkpoints, for this run alone until the context ends. Collective.
-
-    Args:
-        begins: the run does not continue from what is there; then `checkpoint.dir` must hold none of another run.
-
-    Raises:
-        UserError: another run owns the place, it cannot be written, or it holds another run's checkpoints.
-    """
-    checkpoints = checkpoints_of(run_dir, config.dir)
-    with ExitStack() as held:
-
-        def take() -> None:
-            held.enter_context(claimed(checkpoints))
-            if config.dir and begins and (there := step_folders(checkpoints)):
-                rule = f"a run that begins needs a place without checkpoints; there is step_{max(there)}"
-                raise ConfigError("checkpoint.dir", config.dir, rule, "another place, or resume=RUN")
-
-        Ranks(None).first(take)
-        yield
-
-
 def _is_in(folder: Folder, place: Folder) -> bool:
     """Whether a folder lies right in a place, by whatever path it was named."""
     if isinstance(folder, LocalFolder) and isinstance(place, LocalFolder):
@@ -151,12 +100,10 @@ class Checkpointer:
         """The newest that this run has published or loaded, so far as ranks know of it."""
         self.skipped: list[Skipped] = []
         """What the last `load` passed over."""
-        self._damaged: set[int] = set()
-        """Steps that pass the cheap check, and turned out to be damaged when they were loaded."""
         self.failures = 0
         """Saves in a row that failed."""
         self._made_by, self.warn, self._alive = made_by or {}, warn, alive
-        self._copies = HostCopies()
+        self._copies, self._keeper = HostCopies(), Keeper(self.checkpoints, config)
         self._save: _Save | None = None
         self._failed: _Save | None = None
 
@@ -255,7 +202,7 @@ class Checkpointer:
             if self.last is None or not _is_in(self.last, self.checkpoints):
                 return
             try:
-                self._leave(step)
+                self._keeper.leave(step)
             except OSError as error:
                 rule = f"checkpoints later than step {step} are set aside when a run continues from there: {error}"
                 raise ConfigError("checkpoint.dir", str(self.checkpoints), rule, "mend permissions") from None
@@ -298,7 +245,7 @@ class Checkpointer:
             read_tensors(folder, tensors, whole=whole, manifest=manifest, group=group, alive=self._alive)
         except DamagedError as error:
             if _is_in(folder, self.checkpoints) and not isinstance(error, UnreadableError):
-                self._damaged.add(Skipped(folder, error).step)
+                self._keeper.damaged.add(Skipped(folder, error).step)
             raise
         self.last = folder
         step = manifest.state.get("step", -1)
@@ -364,36 +311,12 @@ class Checkpointer:
             return
         try:
             if save.published is not None:
-                self._retire(save.step)
+                self._keeper.retire(save.step)
             else:
                 self.warn(f"checkpoint {final} could not be written: {save.failure}; tried again at the next interval")
                 self.checkpoints.partial(final.name).remove()
         except OSError as error:
             self.warn(f"{self.checkpoints}: what is no longer needed could not be removed: {error}")
-
-    def _retire(self, step: int) -> None:
-        """Remove what is no longer kept, where `step` is the newest of the course."""
-        self._leave(step)
-        self._damaged.discard(step)
-        valid, skipped = valid_checkpoints(self.checkpoints)
-        known = [s for s in skipped if not isinstance(s.error, UnreadableError)]
-        invalid = {s.step for s in known if MANIFEST + ASIDE not in s.path.sizes()} | self._damaged & valid.keys()
-        times = {number: manifest.saved_at_s for number, manifest in valid.items() if number not in invalid}
-        old, broken = retired(self.config, times, invalid, time.time())
-        for number in [*broken, *old]:
-            self.checkpoints.withdraw(f"step_{number}", MANIFEST)
-
-    def _leave(self, step: int) -> None:
-        """Set aside what is later than `step`, where the run stands.
-
-        It belongs to a course that was left when the run was resumed from an earlier checkpoint, and would be taken
-        for the newest. Nobody asked to delete it.
-        """
-        taken = set(self.checkpoints.folders())
-        for later in [number for number in step_folders(self.checkpoints) if number > step]:
-            aside = f"step_{later}.left_at_{step}"
-            aside = next(name for name in chain([aside], (f"{aside}.{n}" for n in count(2))) if name not in taken)
-            self.checkpoints.set_aside(f"step_{later}", aside, MANIFEST)
 
     def _unwritable(self) -> UserError:
         assert self._failed is not None
