@@ -25,7 +25,15 @@ def cwd(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-HELP = [["--help"], ["train", "--help"], ["sample", "-h"], ["report", "--help"], ["train", "model=tiny", "--help"]]
+HELP = [
+    ["--help"],
+    ["train", "--help"],
+    ["sample", "-h"],
+    ["report", "--help"],
+    ["doctor", "-h"],
+    ["rank-table", "--help"],
+    ["train", "model=tiny", "--help"],
+]
 
 
 @pytest.mark.parametrize("arguments", HELP)

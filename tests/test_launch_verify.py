@@ -14,9 +14,10 @@ from run_configs import write_corpus
 
 from octofold.kernels.config import KernelsConfig
 from octofold.kernels.qtensor import QTensor
-from octofold.launch.cli import VERIFY_SUBJECTS, main
+from octofold.launch.cli import main
 from octofold.launch.config import JobConfig
 from octofold.launch.run_folder import read_config
+from octofold.launch.usage import VERIFY_SUBJECTS
 from octofold.launch.verify_precision import RUNS, Products, _answer, _measured, variant
 from octofold.train.config import PrecisionConfig
 from octofold.train.metrics import read_metrics
