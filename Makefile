@@ -23,7 +23,7 @@ AT_ONCE := -n logical --maxprocesses 4 --dist loadfile
 # An install is repeated only when one of these changes.
 INSTALL_INPUTS := pyproject.toml $(CONSTRAINTS)
 
-.PHONY: help train test test-slow test-faults test-matrix lint format clean
+.PHONY: help train test test-slow test-matrix lint format clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -54,10 +54,6 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	@echo "octofold: running the slow proofs"
 	@$(BIN)/python -m pytest -m slow -rP
-
-test-faults: $(VENV)/.dev
-	@echo "octofold: running the proofs of faults and resumes"
-	@$(BIN)/python -m pytest -m faults -rP
 
 test-matrix: $(VENV)/.dev
 	@echo "octofold: running the whole matrix of layouts on DeepSeek-V2"

@@ -156,7 +156,7 @@ def test_a_killed_run_is_the_same_run(seed, undisturbed, tmp_path):
     print(assert_survives(seed, undisturbed, tmp_path))
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(DEFAULT_TRIALS, DEFAULT_TRIALS + SLOW_TRIALS))
 def test_a_run_killed_fifty_times_over_is_the_same_run(seed, undisturbed, tmp_path):
     print(assert_survives(seed, undisturbed, tmp_path))

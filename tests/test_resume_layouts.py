@@ -66,7 +66,7 @@ def told(proof: Proof) -> str:
 
 
 @pytest.mark.parametrize(
-    ("before", "now"), [pair if pair in QUICK else pytest.param(*pair, marks=pytest.mark.faults) for pair in ALL]
+    ("before", "now"), [pair if pair in QUICK else pytest.param(*pair, marks=pytest.mark.slow) for pair in ALL]
 )
 def test_saved_under_one_layout_and_continued_under_another(before, now, saved, layout_root, ranks, tmp_path):
     """Held to the undisturbed run on the layout that saved, which itself computes what one rank does."""
@@ -80,7 +80,7 @@ def test_saved_under_one_layout_and_continued_under_another(before, now, saved, 
 
 @pytest.mark.parametrize(
     "layout",
-    [name if name in ("pipeline", "mixture") else pytest.param(name, marks=pytest.mark.faults) for name in LAYOUTS],
+    [name if name in ("pipeline", "mixture") else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS],
 )
 def test_the_same_layout_is_bit_for_bit(layout, saved, layout_root, ranks, tmp_path):
     checkpoint, source = saved(LAYOUTS[layout])
@@ -93,8 +93,8 @@ def test_the_same_layout_is_bit_for_bit(layout, saved, layout_root, ranks, tmp_p
     ("before", "now", "precision"),
     [
         ("expert", "context", IN_FP8),
-        pytest.param("pipeline", "mixture", IN_BLOCKS, marks=pytest.mark.faults),
-        pytest.param("tensor", "expert", IN_BLOCKS, marks=pytest.mark.faults),
+        pytest.param("pipeline", "mixture", IN_BLOCKS, marks=pytest.mark.slow),
+        pytest.param("tensor", "expert", IN_BLOCKS, marks=pytest.mark.slow),
     ],
     ids=lambda part: part.name if isinstance(part, PrecisionConfig) else part,
 )
@@ -111,9 +111,7 @@ def test_fp8_goes_on_under_another_layout(before, now, precision, saved, layout_
         assert samples_of(found, step) == samples_of(source, step)
 
 
-@pytest.mark.parametrize(
-    "layouts", [SOURCES, pytest.param(list(LAYOUTS), marks=pytest.mark.faults)], ids=["some", "all"]
-)
+@pytest.mark.parametrize("layouts", [SOURCES, pytest.param(list(LAYOUTS), marks=pytest.mark.slow)], ids=["some", "all"])
 def test_every_layout_reads_the_same_samples_in_each_step(layouts, saved, layout_root, ranks, tmp_path):
     """Each once, in one global order, also where a run is continued on another number of ranks."""
     _, alone = saved(ONE)

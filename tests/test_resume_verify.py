@@ -151,7 +151,7 @@ def test_a_run_with_everything_is_bit_for_bit(killed, ranks, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fault", [name if name in QUICK else pytest.param(name, marks=pytest.mark.faults) for name in PLANTED]
+    "fault", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PLANTED]
 )
 def test_a_planted_fault_is_named(fault, killed, ranks, tmp_path):
     job, expected, folder = killed
@@ -166,7 +166,7 @@ def test_a_planted_fault_is_named(fault, killed, ranks, tmp_path):
 IN_BLOCKS = ["train.global_batch_size=16", "precision=fp8_block", "precision.arithmetic=emulate"]
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "texts",
     [

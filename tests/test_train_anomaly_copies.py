@@ -32,9 +32,9 @@ CASES = [
     pytest.param(2, checked(4, data_replicate=2), "layers.1.self_attn.o_proj", 1, [0, 1], id="replica of two"),
     pytest.param(2, checked(2, TIED, pipeline=2), "embed_tokens", 1, [0, 1], id="copy on the last stage"),
     pytest.param(4, checked(2, tensor=2, context=2), "layers.2.mlp.gate", 2, [2], id="expert bias of four ranks"),
-    pytest.param(4, checked(2, data_replicate=4), "lm_head", 3, [3], id="replica of four", marks=pytest.mark.faults),
+    pytest.param(4, checked(2, data_replicate=4), "lm_head", 3, [3], id="replica of four", marks=pytest.mark.slow),
     pytest.param(
-        4, checked(2, expert=4), "layers.1.mlp.gate", 0, [0], id="expert bias, experts", marks=pytest.mark.faults
+        4, checked(2, expert=4), "layers.1.mlp.gate", 0, [0], id="expert bias, experts", marks=pytest.mark.slow
     ),
     pytest.param(
         4,
@@ -43,7 +43,7 @@ CASES = [
         1,
         [1],
         id="copy on the same rank",
-        marks=pytest.mark.faults,
+        marks=pytest.mark.slow,
     ),
 ]
 
@@ -92,9 +92,9 @@ def test_copies_that_differ_send_a_run_back(root, ranks, tmp_path):
 # The layout, and sequences of a micro-batch.
 LAYOUTS = [
     pytest.param(2, 2, {"expert": 2}, id="experts"),
-    pytest.param(2, 4, {"tensor": 2}, id="tensor", marks=pytest.mark.faults),
-    pytest.param(2, 2, {"pipeline": 2}, id="pipeline", marks=pytest.mark.faults),
-    pytest.param(4, 1, {"data_replicate": 2, "expert": 2}, id="hybrid", marks=pytest.mark.faults),
+    pytest.param(2, 4, {"tensor": 2}, id="tensor", marks=pytest.mark.slow),
+    pytest.param(2, 2, {"pipeline": 2}, id="pipeline", marks=pytest.mark.slow),
+    pytest.param(4, 1, {"data_replicate": 2, "expert": 2}, id="hybrid", marks=pytest.mark.slow),
 ]
 
 

@@ -36,7 +36,7 @@ SLOW = [
     pytest.param(4, 1, {"pipeline": 2, "tensor": 2, "pipeline_schedule": "zbv"}, id="zbv, tensor"),
     pytest.param(4, 1, {"pipeline": 2, "expert": 2, "pipeline_schedule": "dualpipev"}, id="dualpipev, experts"),
 ]
-SLOW = [pytest.param(*case.values, id=case.id, marks=pytest.mark.faults) for case in SLOW]
+SLOW = [pytest.param(*case.values, id=case.id, marks=pytest.mark.slow) for case in SLOW]
 
 
 def last_rank_with(module: str, ranks: int, parallel: dict[str, Any]) -> int:

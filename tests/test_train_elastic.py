@@ -88,7 +88,7 @@ def test_a_killed_rank_of_four_costs_nothing_but_time(root, undisturbed, ranks, 
     assert_as_undisturbed(tmp_path, undisturbed(4), root, 4, ranks)
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_without_a_checkpoint_it_begins_anew(root, undisturbed, ranks, tmp_path):
     with session(train(run_config(root, 2), tmp_path, 2), **fault("fail", rank=1, forward=3)) as process:
         printed = process.communicate(timeout=LIMIT_S)[0]
@@ -107,7 +107,7 @@ def test_torchrun_restarts_it_too(root, undisturbed, ranks, tmp_path):
     assert_as_undisturbed(tmp_path, undisturbed(2), root, 2, ranks)
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_a_users_mistake_is_noted_for_torchruns_next_attempts(root, tmp_path):
     config = run_config(root, 2)
     config = replace(config, model=replace(config.model, vocab_size=16))
@@ -119,7 +119,7 @@ def test_a_users_mistake_is_noted_for_torchruns_next_attempts(root, tmp_path):
     assert "the tokenizer has 257 entries" in note.read_text(), "later attempts read it and end"
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_torchrun_that_is_preempted_leaves_a_checkpoint(root, tmp_path):
     config = run_config(root, 2)
     config = replace(config, train=replace(config.train, steps=10_000))
@@ -152,7 +152,7 @@ def test_a_rank_that_sleeps_for_ever_is_named_and_the_run_goes_on(root, undistur
     assert_as_undisturbed(tmp_path, undisturbed(3), root, 3, ranks)
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_a_stopped_rank_gives_no_sign_and_is_killed(root, undisturbed, ranks, tmp_path):
     with session(train(run_config(root, 2), tmp_path, 2), **fault("stop", rank=0, forward=6)) as process:
         printed = process.communicate(timeout=LIMIT_S)[0]
@@ -161,7 +161,7 @@ def test_a_stopped_rank_gives_no_sign_and_is_killed(root, undisturbed, ranks, tm
     assert_as_undisturbed(tmp_path, undisturbed(2), root, 2, ranks)
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_torchrun_restarts_after_a_hang(root, undisturbed, ranks, tmp_path):
     command = torchrun(run_config(root, 2), tmp_path, 2, "--max-restarts=1")
     with session(command, **fault("sleep", rank=0, forward=9)) as process:
