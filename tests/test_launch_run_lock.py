@@ -53,13 +53,13 @@ def test_a_killed_job_leaves_the_folder_free_though_its_child_lives(holder, tmp_
 def test_who_waits_gets_it_when_the_other_ends(holder, tmp_path):
     subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {holder.pid}"])
     with locked(tmp_path, wait_s=30):
-        pass
+        assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on")
 
 
 def test_a_folder_is_free_again_after_a_job(tmp_path):
     for _ in range(2):
         with locked(tmp_path):
-            pass
+            assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on")
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

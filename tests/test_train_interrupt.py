@@ -163,6 +163,23 @@ def test_a_signal_after_the_last_step_ends_a_run_that_is_saved(n, root, tmp_path
     assert "Traceback" not in printed
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("more", ["resume=auto", "checkpoint.every_steps=1"])
+def test_a_second_run_in_the_same_folder_is_refused_and_disturbs_nothing(more, root, undisturbed, ranks, tmp_path):
+    run_dir = tmp_path / "run"
+    with started(run_config(root, 1), run_dir, 1) as process:
+        wait_for_step(process, run_dir, 4)
+        process.send_signal(signal.SIGSTOP)  # so that it cannot end before the other has begun
+        with started(run_config(root, 1), run_dir, 1, more) as second:
+            refused = second.communicate(timeout=DEADLINE_S)[0]
+        process.send_signal(signal.SIGCONT)
+        assert second.returncode == 2, refused
+        assert f"run_dir={run_dir}" in refused
+        printed = process.communicate(timeout=DEADLINE_S)[0]
+    assert process.returncode == 0, printed
+    assert_resumes_to(undisturbed(1), root, run_dir, 1, ranks)
+
+
 def test_killed_run_goes_on_from_its_last_checkpoint(root, undisturbed, ranks, tmp_path):
     n = 2
     run_dir = tmp_path / "run"
