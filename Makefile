@@ -2,8 +2,9 @@
 #
 #   make train                       install, then pretrain the quickstart model and draw its plots (continues where it stopped)
 #   make test | make test-slow       the default suite | the proofs that take minutes
+#   make test-ascend                 the Ascend suite, on a software NPU, in an environment of its own
 #   make lint                        ruff, mypy
-#   make clean                       remove the environment, caches and the quickstart's run folder
+#   make clean                       remove the environments, caches and the quickstart's run folder
 #
 # PIP_OPTIONS goes to pip as it is: make train PIP_OPTIONS="--index-url ..."; PYTHON chooses the interpreter.
 
@@ -22,16 +23,21 @@ QUICKSTART := runs/quickstart
 AT_ONCE := -n logical --maxprocesses 4 --dist loadfile
 # An install is repeated only when one of these changes.
 INSTALL_INPUTS := pyproject.toml $(CONSTRAINTS)
+# torch_npu has an environment of its own: where CANN is missing, merely installing it breaks `import torch`, unless
+# torch is told not to load it by itself.
+ASCEND_VENV := .venv-ascend
+ASCEND_CONSTRAINTS := constraints/ascend.txt
+ASCEND_PYTHON := TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND_VENV)/bin/python
 
-.PHONY: help train test test-slow test-matrix lint format clean
+.PHONY: help train test test-slow test-ascend test-matrix lint format clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
-$(VENV)/bin/python:
-	@echo "octofold: making $(VENV) with $$($(PYTHON) --version)"
+$(VENV)/bin/python $(ASCEND_VENV)/bin/python:
+	@echo "octofold: making $(@D:/bin=) with $$($(PYTHON) --version)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "octofold: Python 3.11 or newer is needed; name one with PYTHON=..." >&2; exit 1; }
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(@D:/bin=)
 
 $(VENV)/.base: $(INSTALL_INPUTS) | $(VENV)/bin/python
 	@echo "octofold: installing Octofold and its pinned dependencies into $(VENV)"
@@ -42,6 +48,13 @@ $(VENV)/.dev: $(INSTALL_INPUTS) | $(VENV)/bin/python
 	@echo "octofold: installing Octofold with what its tests need into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@ $(VENV)/.base
+
+# Without its dependencies: torch and the others are there already, in the versions that everything else is tested with.
+$(ASCEND_VENV)/.dev: $(INSTALL_INPUTS) $(ASCEND_CONSTRAINTS) | $(ASCEND_VENV)/bin/python
+	@echo "octofold: installing Octofold, what its tests need and torch_npu into $(ASCEND_VENV)"
+	@$(ASCEND_PYTHON) -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c $(CONSTRAINTS) -e '.[dev]'
+	@$(ASCEND_PYTHON) -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c $(ASCEND_CONSTRAINTS) --no-deps torch-npu
+	@touch $@
 
 train: $(VENV)/.base
 	@$(BIN)/octofold train experiment=quickstart run_dir=$(QUICKSTART) resume=auto
@@ -59,6 +72,10 @@ test-matrix: $(VENV)/.dev
 	@echo "octofold: running the whole matrix of layouts on DeepSeek-V2"
 	@$(BIN)/python -m pytest -m matrix -rP
 
+test-ascend: $(ASCEND_VENV)/.dev
+	@echo "octofold: running the Ascend suite on a software NPU"
+	@$(ASCEND_PYTHON) -m pytest -m ascend
+
 lint: $(VENV)/.dev
 	@echo "octofold: ruff and mypy"
 	@$(BIN)/ruff check .
@@ -70,6 +87,6 @@ format: $(VENV)/.dev
 	@$(BIN)/ruff format .
 
 clean:
-	@echo "octofold: removing $(VENV), caches and $(QUICKSTART)"
-	@rm -rf $(VENV) $(QUICKSTART) build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@echo "octofold: removing $(VENV), $(ASCEND_VENV), caches and $(QUICKSTART)"
+	@rm -rf $(VENV) $(ASCEND_VENV) $(QUICKSTART) build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

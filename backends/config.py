@@ -12,7 +12,9 @@ class BackendConfig:
     """The `backend` group."""
 
     name: str = "auto"
-    """`auto` takes the first available of cuda and cpu; a name that cannot be honoured stops the run."""
+    """`auto` takes the first available of ascend, cuda and cpu; a name that cannot be honoured stops the run."""
+    software: bool = False
+    """With backend=ascend: on the software NPU, CANN's stand-ins on host memory and CPU kernels (docs/ascend.md)."""
     threads: int = 0
     """CPU threads a rank computes with; 0 divides the machine's cores among its local ranks."""
     timeout_s: float = 600.0
@@ -35,6 +37,9 @@ class BackendConfig:
 def check(backend: BackendConfig, world_size: int) -> None:
     """Raise `ConfigError` for a number that no device has, or nodes that `world_size` ranks do not fill."""
     check_finite("backend.timeout_s", backend.timeout_s, least=1.0)
+    if backend.software and backend.name != "ascend":
+        shown, rule = f"backend.software=true backend.name={backend.name}", "only an Ascend NPU has a software twin"
+        raise ConfigError("backend.software", shown, rule, "backend=ascend, or backend.software=false")
     if backend.all_reduce not in ALL_REDUCES:
         raise unknown_name_error("backend.all_reduce", backend.all_reduce, ALL_REDUCES)
     for name in ("peak_tflops_bf16", "peak_tflops_fp8"):

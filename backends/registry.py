@@ -5,6 +5,7 @@ from octofold.backends.dotted import is_dotted, load_dotted
 from octofold.backends.errors import ConfigError, unknown_name_error
 
 BACKENDS = {
+    "ascend": "octofold.backends.ascend:AscendBackend",
     "cuda": "octofold.backends.cuda:CudaBackend",
     "cpu": "octofold.backends.cpu:CpuBackend",
 }

@@ -38,7 +38,7 @@ RULES = [
     # Tokens that find no place are dropped, and sums in BF16 round more than a layout may.
     ("course", r"parallel\.(expert_capacity|reduce_dtype)"),
     ("rounding", r"parallel\..*|kernels\..*|train\.(micro_batch_size|deterministic)"),
-    ("rounding", r"backend\.(name|threads|ranks_per_node|ranks_per_supernode|all_reduce)"),
+    ("rounding", r"backend\.(name|software|threads|ranks_per_node|ranks_per_supernode|all_reduce)"),
     ("length", r"train\.steps"),
     # Names or shapes of tensors.
     (

@@ -44,6 +44,7 @@ def run(run_name: str, prompt: str, overrides: list[str]) -> str:
     """
     from octofold.launch.compose import apply, parse
     from octofold.launch.run_folder import read_config, saved_checkpoints
+    from octofold.launch.software_npu import enter_if_asked
 
     settings = apply(SampleJob(), parse(overrides)).sample
     check(settings)
@@ -52,6 +53,7 @@ def run(run_name: str, prompt: str, overrides: list[str]) -> str:
     if not saved_checkpoints(run_dir, config.checkpoint.dir):
         rule = "  rule:   a sample is drawn from a checkpoint (checkpoints/step_N)"
         raise UserError(f"{run_dir} holds no checkpoint\n{rule}\n  remedy: train on with resume={run_name}")
+    enter_if_asked(config.backend)
     from octofold.train.sampling import sample
 
     return sample(

@@ -18,6 +18,7 @@ from octofold.launch.local import Ended, Joined, join, start_ranks
 from octofold.launch.restart import after_restart, has_saved, leave_mistake, mark_start, restarts
 from octofold.launch.run_folder import config_node, default_run_dir, make_run_folder, restore_config, write_config
 from octofold.launch.run_lock import locked
+from octofold.launch.software_npu import enter_if_asked
 from octofold.train.history import append
 from octofold.train.stop import exit_status
 
@@ -42,8 +43,11 @@ def run(argv: list[str]) -> int:
     if options.multirun:
         return _multirun(options)
     if joined:
-        return _join(settle(options.overrides, options.config_dir, joined.world_size), joined)
+        job = settle(options.overrides, options.config_dir, joined.world_size)
+        enter_if_asked(job.config.backend)
+        return _join(job, joined)
     job = settle(options.overrides, options.config_dir)
+    enter_if_asked(job.config.backend)
     return _start(job, in_process=job.config.launch.nproc_per_node == 1).status
 
 
@@ -95,6 +99,8 @@ def _multirun(options: argparse.Namespace) -> int:
 
     texts = expand(options.overrides, options.config_dir)
     jobs = [settle(overrides, options.config_dir) for overrides in texts]
+    for job in jobs:
+        enter_if_asked(job.config.backend)
     folders = [job.config.run_dir for job in jobs if job.config.run_dir is not None]
     if len(set(folders)) < len(folders):
         raise ConfigError("run_dir", folders[0], "each job of a sweep has a folder of its own", "leave run_dir out")

@@ -32,6 +32,7 @@ from octofold.launch.run_folder import (
     read_config,
     write_config,
 )
+from octofold.launch.software_npu import enter_if_asked
 from octofold.launch.verify import VerifyConfig
 from octofold.launch.verify_runs import plain
 from octofold.train.precision.config import PrecisionConfig
@@ -115,6 +116,7 @@ def _asked(settings: VerifyConfig, texts: Sequence[str], config_dirs: Sequence[s
         rule = "all runs of a verification begin with the same initial weights"
         raise ConfigError("resume", "given", rule, "leave resume out")
     config = settle(texts, config_dirs).config
+    enter_if_asked(config.backend)
     if not config.precision.is_fp8:
         rule = "BF16 is what FP8 is compared with; without FP8 there is nothing to verify"
         raise ConfigError("precision", config.precision.name, rule, "precision=fp8_block")

@@ -14,7 +14,7 @@ NO_CUDA = CudaBackend().why_unavailable()
 
 
 def test_auto_takes_the_first_available():
-    assert list(BACKENDS) == ["cuda", "cpu"]
+    assert list(BACKENDS) == ["ascend", "cuda", "cpu"]
     assert resolve("auto").name == ("cpu" if NO_CUDA else "cuda")
     assert isinstance(resolve("cpu"), CpuBackend)
 
@@ -34,7 +34,7 @@ def test_an_unknown_backend_suggests_the_nearest():
     with pytest.raises(ConfigError) as caught:
         resolve("cudda")
     assert caught.value.remedy == "backend.name=cuda"
-    assert "auto, cuda, cpu" in caught.value.rule
+    assert "auto, ascend, cuda, cpu" in caught.value.rule
 
 
 def test_a_backend_of_the_users_own():

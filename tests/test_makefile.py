@@ -66,7 +66,16 @@ def test_help_is_the_default_and_shows_the_head_of_the_makefile(checkout):
     assert make(checkout, "help").stdout == shown.stdout
     head, _, _ = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\n\n")
     assert [f"# {line}".rstrip() for line in shown.stdout.splitlines()] == head.splitlines()
-    for name in ("make train", "make test", "make test-slow", "make lint", "make clean", "PIP_OPTIONS", "PYTHON"):
+    for name in (
+        "make train",
+        "make test",
+        "make test-slow",
+        "make test-ascend",
+        "make lint",
+        "make clean",
+        "PIP_OPTIONS",
+        "PYTHON",
+    ):
         assert name in shown.stdout
 
 
@@ -102,6 +111,20 @@ def test_on_a_fresh_machine_a_target_first_makes_the_environment(target, package
     (install,) = [number for number, line in enumerate(lines) if "pip install" in line]
     assert "python3.12 -m venv .venv" in lines[:install]
     assert lines[install].endswith(f"--index-url https://example.org/simple -c constraints/base.txt -e {package}")
+
+
+def test_torch_npu_has_an_environment_of_its_own(checkout):
+    told = make(checkout, "-n", "test-ascend")
+    assert told.returncode == 0, told.stderr
+    lines = [line for line in told.stdout.splitlines() if not line.startswith("echo ")]
+    *_, first, second, _, last = lines
+    python = "TORCH_DEVICE_BACKEND_AUTOLOAD=0 .venv-ascend/bin/python"
+    assert all(line.startswith(f"{python} -m pip install") for line in (first, second))
+    assert first.endswith("-c constraints/base.txt -e '.[dev]'")
+    assert second.endswith("-c constraints/ascend.txt --no-deps torch-npu")
+    assert last == f"{python} -m pytest -m ascend"
+    assert ".venv/" not in told.stdout
+    assert ".venv-ascend" not in make(checkout, "-n", "test").stdout
 
 
 def test_nothing_is_installed_again_until_a_pin_changes(ready):
@@ -158,7 +181,8 @@ def test_a_half_made_environment_is_not_taken_for_a_whole_one(checkout):
 
 
 def test_clean_removes_what_make_made_and_no_run_of_the_users(ready):
-    made = [".venv", "runs/quickstart", "build", "octofold.egg-info", ".mypy_cache", ".hypothesis", "train/__pycache__"]
+    made = [".venv", ".venv-ascend", "runs/quickstart", "build", "octofold.egg-info", ".mypy_cache", ".hypothesis"]
+    made.append("train/__pycache__")
     kept = ["runs/mine", "train/models", ".git/__pycache__"]
     for folder in (*made, *kept):
         (ready / folder).mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ ACCELERATOR_PACKAGES = {"triton", "torch-npu", "deepspeed", "mindspore", "transf
 def shipped_files() -> set[str]:
     """Paths from the root of all that a wheel must hold."""
     found = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))
-    kept = [path.relative_to(ROOT).as_posix() for path in found if path.suffix in (".py", ".yaml")]
+    kept = [path.relative_to(ROOT).as_posix() for path in found if path.suffix in (".py", ".yaml", ".cpp", ".h")]
     return {*kept, *(f"{folder}/py.typed" for folder in CODE)}
 
 

@@ -1,0 +1,58 @@
+"""Huawei Ascend NPUs through torch_npu and HCCL; or the software NPU, where this process was started for it."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from octofold.backends import ascend_soc
+from octofold.backends.base import Backend, Capabilities
+from octofold.backends.errors import ConfigError
+from octofold.backends.software_npu.activate import activate, is_active
+
+
+class AscendBackend(Backend):
+    """One NPU a local rank (on Atlas A3 a die of two: each is a device)."""
+
+    name = "ascend"
+    collective_library = "hccl"
+
+    def why_unavailable(self) -> str | None:
+        if find_spec("torch_npu") is None:
+            return "torch_npu is not installed"
+        try:
+            npu = _npu()
+        except (ImportError, OSError) as error:
+            return f"torch_npu cannot be imported ({error}); it needs CANN, or backend.software=true"
+        return None if npu.is_available() else "torch_npu finds no NPU or driver"
+
+    def device(self, local_rank: int) -> torch.device:
+        return torch.device("npu", local_rank)
+
+    def set_up(self, local_rank: int, local_world_size: int, threads: int) -> None:
+        npu = _npu()
+        if local_world_size > npu.device_count():
+            shown = f"{local_world_size} local ranks, {npu.device_count()} NPU(s)"
+            raise ConfigError(
+                "launch.nproc_per_node", shown, "each local rank has an NPU of its own", "fewer ranks, or backend=cpu"
+            )
+        if threads:
+            torch.set_num_threads(threads)
+        npu.set_device(local_rank)
+
+    def capabilities(self, local_rank: int) -> Capabilities:
+        npu = _npu()
+        return ascend_soc.capabilities(npu.get_device_name(local_rank), npu.mem_get_info(local_rank)[1])
+
+    def peak_memory_bytes(self) -> int:
+        peak: int = _npu().max_memory_allocated()
+        return peak
+
+
+def _npu() -> Any:
+    """`torch.npu`, which importing torch_npu brings."""
+    if is_active():
+        activate()
+    import torch_npu
+
+    return torch_npu.npu

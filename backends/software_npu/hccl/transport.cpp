@@ -1,0 +1,257 @@
+// A full mesh of Unix sockets between the processes of a communicator: see transport.h.
+#include "transport.h"
+
+#include <hccl/hccl.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <chrono>
+#include <cstddef>
+#include <cstring>
+#include <map>
+
+#include "../acl/settings.h"
+
+namespace software_npu {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr int kRetryUs = 2000;
+
+struct Envelope {
+    Call call;
+    uint64_t bytes;
+};
+
+int timeout_s() { return static_cast<int>(number("SOFTWARE_NPU_HCCL_TIMEOUT_S", 120)); }
+
+bool read_all(int socket, void *to, size_t bytes) {
+    for (auto *place = static_cast<char *>(to); bytes;) {
+        ssize_t got = read(socket, place, bytes);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) return false;
+        place += got;
+        bytes -= got;
+    }
+    return true;
+}
+
+bool write_all(int socket, const void *from, size_t bytes) {
+    for (auto *place = static_cast<const char *>(from); bytes;) {
+        ssize_t put = ::send(socket, place, bytes, MSG_NOSIGNAL);
+        if (put < 0 && errno == EINTR) continue;
+        if (put <= 0) return false;
+        place += put;
+        bytes -= put;
+    }
+    return true;
+}
+
+struct Address {
+    sockaddr_un name{};
+    socklen_t length;
+    Address(const std::string &id, int rank) {
+        std::string text = "octofold-hccl-" + id + "-" + std::to_string(rank);
+        name.sun_family = AF_UNIX;
+        // A leading zero byte: no file, and gone with its process.
+        memcpy(name.sun_path + 1, text.data(), std::min(text.size(), sizeof name.sun_path - 1));
+        length = offsetof(sockaddr_un, sun_path) + 1 + std::min(text.size(), sizeof name.sun_path - 1);
+    }
+    const sockaddr *get() const { return reinterpret_cast<const sockaddr *>(&name); }
+};
+
+int new_socket() { return socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0); }
+
+std::string dtype_name(uint32_t dtype) {
+    static const std::map<uint32_t, std::string> names = {
+        {HCCL_DATA_TYPE_INT8, "INT8"},         {HCCL_DATA_TYPE_INT16, "INT16"},     {HCCL_DATA_TYPE_INT32, "INT32"},
+        {HCCL_DATA_TYPE_INT64, "INT64"},       {HCCL_DATA_TYPE_UINT8, "UINT8"},     {HCCL_DATA_TYPE_FP16, "FP16"},
+        {HCCL_DATA_TYPE_FP32, "FP32"},         {HCCL_DATA_TYPE_FP64, "FP64"},       {HCCL_DATA_TYPE_BFP16, "BF16"},
+        {HCCL_DATA_TYPE_FP8E4M3, "FP8 E4M3"},  {HCCL_DATA_TYPE_FP8E5M2, "FP8 E5M2"}, {HCCL_DATA_TYPE_HIF8, "HiF8"},
+    };
+    auto found = names.find(dtype);
+    return found == names.end() ? "HcclDataType " + std::to_string(dtype) : found->second;
+}
+
+bool agree(const Call &one, const Call &other) {
+    return one.kind == other.kind && one.dtype == other.dtype && one.reduction == other.reduction &&
+           one.root == other.root && one.number == other.number;
+}
+
+}  // namespace
+
+std::string describe(const Call &call, uint64_t bytes) {
+    static const char *names[] = {"all_reduce", "broadcast",  "reduce_scatter", "scatter", "all_gather",
+                                  "all_to_all", "reduce",     "barrier",        "send"};
+    static const char *reductions[] = {"sum", "product", "max", "min"};
+    std::string text = names[static_cast<uint32_t>(call.kind)];
+    if (call.kind != Kind::send) text += " number " + std::to_string(call.number);
+    text += " (" + std::to_string(bytes) + " bytes of " + dtype_name(call.dtype);
+    bool reduces = call.kind == Kind::all_reduce || call.kind == Kind::reduce_scatter || call.kind == Kind::reduce;
+    if (reduces && call.reduction < 4) text += std::string(", ") + reductions[call.reduction];
+    bool rooted = call.kind == Kind::broadcast || call.kind == Kind::scatter || call.kind == Kind::reduce;
+    if (rooted) text += ", root " + std::to_string(call.root);
+    return text + ")";
+}
+
+std::string Mesh::name(int which) const {
+    int world_rank = peers_[which]->world_rank;
+    std::string place = "rank " + std::to_string(which) + " of " + std::to_string(size) + " in its group";
+    if (world_rank < 0) return place;
+    std::string known = "rank " + std::to_string(world_rank);
+    return world_rank == which ? known : known + " (" + place + ")";
+}
+
+std::string Mesh::open(const std::string &id, int size_, int rank_) {
+    size = size_;
+    rank = rank_;
+    for (int other = 0; other < size; other++) peers_.push_back(std::make_unique<Peer>());
+    peers_[rank]->world_rank = static_cast<int>(number("RANK", -1));
+    std::string failure = join(id);
+    if (!failure.empty()) return failure;
+    if (pipe(wake_)) return "no pipe: " + std::string(strerror(errno));
+    receiver_ = std::thread([this] { serve(); });
+    return "";
+}
+
+bool Mesh::greet(int socket, int world_rank, int &their_rank, int &their_world_rank) {
+    int32_t mine[2] = {rank, world_rank}, theirs[2];
+    if (!write_all(socket, mine, sizeof mine) || !read_all(socket, theirs, sizeof theirs)) return false;
+    their_rank = theirs[0];
+    their_world_rank = theirs[1];
+    return their_rank >= 0 && their_rank < size;
+}
+
+// Each process calls those of lower rank and is called by those of higher rank.
+std::string Mesh::join(const std::string &id) {
+    auto deadline = Clock::now() + std::chrono::seconds(timeout_s());
+    Address mine(id, rank);
+    int listening = new_socket();
+    if (bind(listening, mine.get(), mine.length) || listen(listening, size)) {
+        close(listening);
+        return "cannot listen: " + std::string(strerror(errno));
+    }
+    std::string failure;
+    for (int lower = 0; lower < rank && failure.empty();) {
+        int calling = new_socket(), who = -1;
+        Address theirs(id, lower);
+        Peer &peer = *peers_[lower];
+        if (!connect(calling, theirs.get(), theirs.length)) {
+            peer.socket = calling;
+            if (!greet(calling, peers_[rank]->world_rank, who, peer.world_rank)) failure = "lost " + name(lower);
+            lower++;
+            continue;
+        }
+        close(calling);
+        if (Clock::now() > deadline) failure = "waited " + std::to_string(timeout_s()) + " s for " + name(lower);
+        usleep(kRetryUs);
+    }
+    for (int missing = size - rank - 1; missing > 0 && failure.empty(); missing--) {
+        pollfd waiting{listening, POLLIN, 0};
+        auto left_ms = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
+        if (poll(&waiting, 1, std::max<long>(left_ms, 0)) <= 0) {
+            failure = "waited " + std::to_string(timeout_s()) + " s for " + std::to_string(missing) + " higher rank(s)";
+            break;
+        }
+        int called = accept4(listening, nullptr, nullptr, SOCK_CLOEXEC), who = -1, world_rank = -1;
+        if (called < 0 || !greet(called, peers_[rank]->world_rank, who, world_rank)) {
+            failure = "lost a higher rank";
+            break;
+        }
+        peers_[who]->socket = called;
+        peers_[who]->world_rank = world_rank;
+    }
+    close(listening);
+    return failure;
+}
+
+void Mesh::serve() {
+    for (;;) {
+        std::vector<pollfd> watched{{wake_[0], POLLIN, 0}};
+        std::vector<int> ranks{-1};
+        for (int other = 0; other < size; other++) {
+            Peer &peer = *peers_[other];
+            if (peer.socket < 0 || peer.gone) continue;
+            watched.push_back({peer.socket, POLLIN, 0});
+            ranks.push_back(other);
+        }
+        poll(watched.data(), watched.size(), -1);
+        if (watched[0].revents) return;
+        for (size_t i = 1; i < watched.size(); i++) {
+            if (!watched[i].revents) continue;
+            Peer &peer = *peers_[ranks[i]];
+            Envelope envelope;
+            Message message;
+            bool whole = read_all(peer.socket, &envelope, sizeof envelope);
+            if (whole) {
+                message.call = envelope.call;
+                message.data.resize(envelope.bytes);
+                whole = read_all(peer.socket, message.data.data(), envelope.bytes);
+            }
+            std::lock_guard<std::mutex> lock(mutex_);
+            if (whole) {
+                peer.arrived.push_back(std::move(message));
+            } else {
+                peer.gone = true;
+            }
+            arrived_.notify_all();
+        }
+    }
+}
+
+Mesh::~Mesh() {
+    if (receiver_.joinable()) {
+        char any = 0;
+        if (write(wake_[1], &any, 1) == 1) receiver_.join();
+    }
+    for (int end : wake_) {
+        if (end >= 0) close(end);
+    }
+    for (auto &peer : peers_) {
+        if (peer->socket >= 0) close(peer->socket);
+    }
+}
+
+std::string Mesh::send(int to, const Call &call, const void *data, uint64_t bytes) {
+    Peer &peer = *peers_[to];
+    if (to == rank) {
+        auto *start = static_cast<const char *>(data);
+        std::lock_guard<std::mutex> lock(mutex_);
+        peer.arrived.push_back({call, {start, start + bytes}});
+        arrived_.notify_all();
+        return "";
+    }
+    Envelope envelope{call, bytes};
+    std::lock_guard<std::mutex> lock(peer.sending);
+    bool sent = write_all(peer.socket, &envelope, sizeof envelope) && write_all(peer.socket, data, bytes);
+    return sent ? "" : name(rank) + " in " + describe(call, bytes) + ": " + name(to) + " is gone";
+}
+
+std::string Mesh::receive(int from, const Call &expected, uint64_t bytes, Message &message) {
+    Peer &peer = *peers_[from];
+    bool is_send = expected.kind == Kind::send;
+    std::string mine = name(rank) + " in " + describe(expected, bytes);
+    auto deadline = Clock::now() + std::chrono::seconds(timeout_s());
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+        auto found = peer.arrived.begin();
+        while (found != peer.arrived.end() && (found->call.kind == Kind::send) != is_send) ++found;
+        if (found != peer.arrived.end()) {
+            message = std::move(*found);
+            peer.arrived.erase(found);
+            break;
+        }
+        if (peer.gone) return mine + ": " + name(from) + " is gone";
+        if (arrived_.wait_until(lock, deadline) == std::cv_status::timeout) {
+            return mine + ": waited " + std::to_string(timeout_s()) + " s for " + name(from);
+        }
+    }
+    if (agree(expected, message.call) && message.data.size() == bytes) return "";
+    return mine + ": " + name(from) + " is in " + describe(message.call, message.data.size());
+}
+
+}  // namespace software_npu

@@ -1,0 +1,81 @@
+"""The software NPU as a device, under the unmodified torch_npu: memory, operators, random state, streams."""
+
+import shutil
+
+import ascend_device_tasks as tasks
+import pytest
+from ascend_ranks import start, values
+
+from octofold.backends.errors import UserError
+from octofold.backends.software_npu import build
+
+pytestmark = pytest.mark.ascend
+
+
+def test_tensors_travel_and_fresh_memory_is_poisoned():
+    (found,) = values("ascend_device_tasks:device", DEVICES="3", SOC="Ascend910B2")
+    assert found["name"] == "Ascend910B2"
+    assert found["devices"] == 3
+    assert found["device"] == "npu:1"
+    assert found["back"] == [[10.0, 1.0, 2.0], [13.0, 4.0, 5.0]]
+    assert found["out"] == [[20.0, 2.0, 4.0], [26.0, 8.0, 10.0]]
+    assert found["fp8"] == [[10.0, 1.0, 2.0], [13.0, 4.0, 5.0]]
+    assert found["poison"] == [0xCD]
+    assert found["held"]
+
+
+def test_more_than_a_device_holds_is_torch_npus_own_error():
+    (told,) = values("ascend_device_tasks:out_of_memory", MEMORY_MB="64")
+    kind, message, after = told
+    assert kind == "OutOfMemoryError"
+    assert "NPU out of memory" in message
+    assert "64.00 MiB total capacity" in message
+    assert after == "[0.0, 0.0, 0.0, 0.0]"
+
+
+def test_the_generator_of_the_device():
+    (found,) = values("ascend_device_tasks:random_state")
+    assert found == dict.fromkeys(found, True)
+
+
+@pytest.mark.parametrize("asynchronous", ["0", "1"])
+def test_training_equals_the_cpus_bit_for_bit(asynchronous):
+    (found,) = values("ascend_device_tasks:train", ASYNC=asynchronous, DELAY_US="200")
+    on_npu, on_cpu = found
+    assert on_npu == on_cpu
+    assert len(on_npu) == tasks.STEPS
+    assert on_npu[-1] < 0.9 * on_npu[0]
+
+
+@pytest.mark.parametrize("asynchronous", ["0", "1"])
+def test_an_event_orders_two_streams(asynchronous):
+    (found,) = values("ascend_device_tasks:streams", ASYNC=asynchronous, DELAY_US="2000")
+    assert found["total"] == 2.0 * (1 << 16)
+    assert found["complete"]
+    assert found["elapsed_ms"] >= 0
+
+
+def test_a_missing_compiler_is_named_with_the_remedy(monkeypatch, tmp_path):
+    monkeypatch.setenv("OCTOFOLD_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert shutil.which("g++") is None
+    with pytest.raises(UserError, match=r"(?s)g\+\+\n.*remedy: apt-get install g\+\+"):
+        build.build()
+    assert [path.suffix for path in (tmp_path / "software_npu").iterdir()] in ([], [".lock"])
+
+
+def test_a_source_the_compiler_refuses_leaves_nothing_behind(monkeypatch, tmp_path):
+    monkeypatch.setenv("OCTOFOLD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "SOURCES", tmp_path / "sources")
+    for part in ("acl", "hccl", "operators"):
+        (tmp_path / "sources" / part).mkdir(parents=True)
+    (tmp_path / "sources/acl/wrong.cpp").write_text("int f( {", encoding="utf-8")
+    with pytest.raises(UserError, match=r"(?s)wrong\.cpp.*error:.*remedy"):
+        build.build()
+    assert [path.suffix for path in (tmp_path / "cache/software_npu").iterdir()] == [".lock"]
+
+
+def test_a_process_that_ends_badly_shows_why():
+    (ran,) = start("ascend_device_tasks:no_such_function")
+    assert ran.status == 1
+    assert "no_such_function" in ran.errors

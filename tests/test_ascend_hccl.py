@@ -1,0 +1,75 @@
+"""The real ProcessGroupHCCL between real processes, over the software NPU's HCCL: results, and what goes wrong."""
+
+import pytest
+from ascend_ranks import start, values
+
+pytestmark = pytest.mark.ascend
+
+
+def expected(rank: int, ranks: int) -> dict[str, object]:
+    """What `collectives` finds on a rank."""
+    counts = [(rank + other) % 3 for other in range(ranks)]
+    exchanged = [4.0 * other + rank for other, count in enumerate(counts) for _ in range(count)]
+    total = sum(range(ranks))
+    found: dict[str, object] = {
+        "group": "ProcessGroupHCCL",
+        "max": [ranks - 1.0] * 3,
+        "all_gather": [float(other) for other in range(ranks) for _ in range(2)],
+        "reduce_scatter": [ranks * 2.0 * rank, ranks * (2.0 * rank + 1)],
+        "broadcast": [ranks - 1.0] * 4,
+        "ring": [float((rank - 1) % ranks)] * 2,
+        "subgroup": [float(sum(range(rank % 2, ranks, 2)))],
+        "objects": [{"rank": other} for other in range(ranks)],
+    }
+    for dtype in ("float32", "bfloat16", "float16", "int64"):
+        found[f"all_reduce torch.{dtype}"] = [ranks * i + total for i in range(5)]
+    for dtype in ("float32", "bfloat16", "float8_e4m3fn", "uint8"):
+        found[f"all_to_all torch.{dtype}"] = exchanged
+    return found | ({"received": [7.0, 7.0]} if rank == 1 else {})
+
+
+@pytest.mark.parametrize(("ranks", "asynchronous"), [(2, "0"), (4, "0"), (4, "1")])
+def test_every_collective(ranks, asynchronous):
+    found = values("ascend_hccl_tasks:collectives", ranks, ASYNC=asynchronous, DELAY_US="500")
+    for rank in range(ranks):
+        assert found[rank] == expected(rank, ranks)
+
+
+@pytest.mark.parametrize("asynchronous", ["0", "1"])
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (
+            "other_size",
+            "rank 1 is in all_reduce number 1 (12 bytes of FP32, sum)",
+        ),
+        (
+            "other_dtype",
+            "rank 1 is in all_reduce number 1 (16 bytes of INT32, sum)",
+        ),
+        (
+            "other_order",
+            "rank 1 is in broadcast number 1 (16 bytes of FP32, root 1)",
+        ),
+        ("killed_peer", "rank 1 is gone"),
+        ("absent_peer", "waited 3 s for rank 1"),
+    ],
+)
+def test_ranks_that_disagree_or_die_are_named_with_their_call(fault, told, asynchronous):
+    ran = start(f"ascend_hccl_tasks:{fault}", 2, ASYNC=asynchronous, HCCL_TIMEOUT_S="3")
+    assert f"rank 0 in all_reduce number 1 (16 bytes of FP32, sum): {told}" in ran[0].value
+    assert ran[1].status == (-9 if fault == "killed_peer" else 0), ran[1].errors
+
+
+def test_a_missing_wait_and_a_wrong_stream_give_wrong_results():
+    for found in values("ascend_hccl_tasks:waits", 2, ASYNC="1", DELAY_US="100000", SEED="3"):
+        assert found["good"] == found["right_stream"] == 6.0
+        assert found["missing"] != 6.0
+        assert found["wrong_stream"] != 6.0
+
+
+def test_pauses_of_chance_change_no_bit():
+    runs = [values("ascend_hccl_tasks:bits", 2, ASYNC=a, DELAY_US="300", SEED=seed) for a, seed in ("00", "11", "12")]
+    for run in runs:
+        assert run == runs[0]
+        assert [len(bits) for bits in run] == [1, 1]
