@@ -35,29 +35,21 @@ def test_every_collective(ranks, asynchronous):
         assert found[rank] == expected(rank, ranks)
 
 
-@pytest.mark.parametrize("asynchronous", ["0", "1"])
+FAULTS = {
+    "other_size": "rank 1 is in all_reduce number 1 (12 bytes of FP32, sum)",
+    "other_dtype": "rank 1 is in all_reduce number 1 (16 bytes of INT32, sum)",
+    "other_order": "rank 1 is in broadcast number 1 (16 bytes of FP32, root 1)",
+    "killed_peer": "rank 1 is gone",
+    "absent_peer": "waited 3 s for rank 1",
+}
+
+
 @pytest.mark.parametrize(
-    ("fault", "told"),
-    [
-        (
-            "other_size",
-            "rank 1 is in all_reduce number 1 (12 bytes of FP32, sum)",
-        ),
-        (
-            "other_dtype",
-            "rank 1 is in all_reduce number 1 (16 bytes of INT32, sum)",
-        ),
-        (
-            "other_order",
-            "rank 1 is in broadcast number 1 (16 bytes of FP32, root 1)",
-        ),
-        ("killed_peer", "rank 1 is gone"),
-        ("absent_peer", "waited 3 s for rank 1"),
-    ],
+    ("fault", "asynchronous"), [*((fault, "0") for fault in FAULTS), ("other_size", "1"), ("killed_peer", "1")]
 )
-def test_ranks_that_disagree_or_die_are_named_with_their_call(fault, told, asynchronous):
+def test_ranks_that_disagree_or_die_are_named_with_their_call(fault, asynchronous):
     ran = start(f"ascend_hccl_tasks:{fault}", 2, ASYNC=asynchronous, HCCL_TIMEOUT_S="3")
-    assert f"rank 0 in all_reduce number 1 (16 bytes of FP32, sum): {told}" in ran[0].value
+    assert f"rank 0 in all_reduce number 1 (16 bytes of FP32, sum): {FAULTS[fault]}" in ran[0].value
     assert ran[1].status == (-9 if fault == "killed_peer" else 0), ran[1].errors
 
 

@@ -1,0 +1,46 @@
+"""`octofold train backend=ascend backend.software=true`: the command, its ranks, and losses that are the CPU's."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from job_processes import COMMAND
+from run_configs import write_corpus
+
+pytestmark = pytest.mark.ascend
+
+MODEL = ["experiment=quickstart", "model=tiny", "model.num_hidden_layers=2", "precision.block=16"]
+BATCH = ["data.sequence_length=32", "train.steps=4", "train.log_every=1", "optim.warmup_steps=1", "backend.threads=1"]
+NO_MORE = ["train.eval_every=0", "train.final_eval_sequences=4", "train.sample_tokens=0"]
+LAYOUTS = {
+    "one rank": ["launch.nproc_per_node=1", "parallel.expert=1"],
+    "expert": ["launch.nproc_per_node=2", "parallel.expert=2"],
+    "fsdp": ["launch.nproc_per_node=2", "parallel.expert=1"],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that name a small corpus."""
+    root = tmp_path_factory.mktemp("data")
+    return ["data=text", f"data.path={write_corpus(root) / 'corpus'}", f"data.cache_dir={root / 'cache'}"]
+
+
+def losses(folder: Path, *overrides: str, **settings: str) -> list[float]:
+    """Of each step of a run."""
+    command = [*COMMAND, *MODEL, *BATCH, *NO_MORE, *overrides, f"run_dir={folder}"]
+    environment = {**os.environ, **{f"SOFTWARE_NPU_{key}": value for key, value in settings.items()}}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_are_those_of_the_cpu(layout, data, tmp_path):
+    on_cpu = losses(tmp_path / "cpu", *data, "backend=cpu", *LAYOUTS[layout])
+    on_npu = losses(tmp_path / "npu", *data, "backend=ascend", "backend.software=true", *LAYOUTS[layout])
+    assert len(on_npu) == 4
+    assert on_npu == pytest.approx(on_cpu, rel=2e-3)
