@@ -1,5 +1,6 @@
 """Huawei Ascend NPUs through torch_npu and HCCL; or the software NPU, where this process was started for it."""
 
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -42,7 +43,11 @@ class AscendBackend(Backend):
 
     def capabilities(self, local_rank: int) -> Capabilities:
         npu = _npu()
-        return ascend_soc.capabilities(npu.get_device_name(local_rank), npu.mem_get_info(local_rank)[1])
+        able = ascend_soc.capabilities(npu.get_device_name(local_rank), npu.mem_get_info(local_rank)[1])
+        # A stand-in answers for what the chip can do, not for how fast.
+        return (
+            replace(able, device_name=f"software NPU as {able.device_name}", peak_flops=None) if is_active() else able
+        )
 
     def peak_memory_bytes(self) -> int:
         peak: int = _npu().max_memory_allocated()

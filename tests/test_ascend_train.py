@@ -29,7 +29,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def losses(folder: Path, *overrides: str, **settings: str) -> list[float]:
-    """Of each step of a run."""
+    """Of each step of a run.
+
+    Args:
+        settings: of the software NPU; ASYNC="1" is SOFTWARE_NPU_ASYNC=1.
+    """
     command = [*COMMAND, *MODEL, *BATCH, *NO_MORE, *overrides, f"run_dir={folder}"]
     environment = {**os.environ, **{f"SOFTWARE_NPU_{key}": value for key, value in settings.items()}}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=250)
@@ -44,3 +48,9 @@ def test_losses_are_those_of_the_cpu(layout, data, tmp_path):
     on_npu = losses(tmp_path / "npu", *data, "backend=ascend", "backend.software=true", *LAYOUTS[layout])
     assert len(on_npu) == 4
     assert on_npu == pytest.approx(on_cpu, rel=2e-3)
+
+
+def test_asynchronous_streams_with_pauses_of_chance_change_no_bit(data, tmp_path):
+    command = [*data, "backend=ascend", "backend.software=true", *LAYOUTS["expert"]]
+    in_order = losses(tmp_path / "synchronous", *command)
+    assert losses(tmp_path / "asynchronous", *command, ASYNC="1", DELAY_US="300") == in_order

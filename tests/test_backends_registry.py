@@ -1,9 +1,12 @@
 """Backends by name, what the CPU says of itself, and names of a user's own parts."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
 from octofold.backends.base import Backend
+from octofold.backends.config import BackendConfig, check
 from octofold.backends.cpu import CpuBackend, usable_cores
 from octofold.backends.cuda import CudaBackend
 from octofold.backends.dotted import is_dotted, load_dotted
@@ -30,6 +33,20 @@ def test_a_named_backend_that_cannot_run_here_stops_with_the_reason():
     assert isinstance(load("cuda"), CudaBackend), "asking for it by name is no error"
 
 
+@pytest.mark.skipif(find_spec("torch_npu") is not None, reason="torch_npu is installed here")
+def test_ascend_without_torch_npu_says_so():
+    with pytest.raises(ConfigError, match=r"backend\.name=ascend\n.*torch_npu is not installed\n"):
+        resolve("ascend")
+
+
+def test_only_ascend_has_a_software_twin():
+    check(BackendConfig("ascend", software=True), 1)
+    with pytest.raises(ConfigError) as caught:
+        check(BackendConfig("cpu", software=True), 1)
+    assert str(caught.value).startswith("backend.software=true backend.name=cpu\n")
+    assert caught.value.remedy == "backend=ascend, or backend.software=false"
+
+
 def test_an_unknown_backend_suggests_the_nearest():
     with pytest.raises(ConfigError) as caught:
         resolve("cudda")
@@ -49,7 +66,7 @@ def test_what_the_cpu_says_of_itself():
     assert "CPU" in capabilities.device_name
     assert not capabilities.fp8
     assert isinstance(capabilities.bf16, bool)
-    assert 2**28 < backend.peak_memory_bytes() < capabilities.memory_bytes < 2**50
+    assert 2**27 < backend.peak_memory_bytes() < capabilities.memory_bytes < 2**50
     assert backend.device(3) == torch.device("cpu")
     assert backend.collective_library == "gloo"
 
