@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from octofold.backends.software_npu.build import ACL, HCCL, OPERATORS
 
@@ -23,7 +24,8 @@ FOLDER = "OCTOFOLD_SOFTWARE_NPU"
 """Variable that holds the folder of the libraries in a process that runs on them."""
 DEVICES = 8
 
-_installed = False
+_libraries: list[Any] = []
+"""Of the operators of this process; kernels stay registered as long as it lives."""
 
 
 def environment(folder: Path, given: Mapping[str, str]) -> dict[str, str]:
@@ -58,8 +60,7 @@ def activate() -> None:
 
     The process must have been started with `environment`.
     """
-    global _installed
-    if _installed:
+    if _libraries:
         return
     assert is_active(), f"{FOLDER} is not set"
     assert "torch_npu" not in sys.modules, "torch_npu is imported already"
@@ -72,4 +73,6 @@ def activate() -> None:
 
     torch.ops.load_library(str(folder / OPERATORS))
     torch.ops.octofold_software_npu.install()
-    _installed = True
+    from octofold.backends.software_npu.reference_ops import install
+
+    _libraries.append(install())
