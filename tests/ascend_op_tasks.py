@@ -52,6 +52,11 @@ def operators() -> dict[str, list[float]]:
         lambda q: _rotated(q, cos.double(), sin.double()),
         q,
     )
+    experts = torch.tensor([[2, 0], [1, 2], [0, 1], [2, 1], [0, 2], [1, 0]])
+    order = experts.flatten().argsort(stable=True)
+    found["token_permute"] = _compare(
+        lambda x: npu.npu_moe_token_permute(x, experts.to("npu"))[0], lambda x: x[order // 2], x
+    )
     weight, sizes = torch.randn(3, 16, 4), torch.tensor([2, 0, 4])
     arguments = {"group_list": sizes.to("npu"), "split_item": 3, "group_list_type": 1}
     rows = npu.npu_grouped_matmul([x.to("npu")], [weight.to("npu")], group_type=0, **arguments)[0]

@@ -5,7 +5,7 @@ from ascend_ranks import values
 
 pytestmark = pytest.mark.ascend
 
-TENSORS = {"rms_norm": 3, "swiglu": 2, "rotary_mul": 2, "grouped_matmul": 2}
+TENSORS = {"rms_norm": 3, "swiglu": 2, "rotary_mul": 2, "token_permute": 2, "grouped_matmul": 2}
 """Results and gradients that are compared."""
 
 
