@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from octofold.backends.errors import UserError
 from octofold.train.stop import HANG_STATUS, HANG_VERDICT
 
 LOG_LINES_SHOWN = 15
@@ -30,25 +31,31 @@ class Failure:
     """The traceback that a rank left; None where it was killed or left nothing."""
 
 
-def leave_note(logs: Path, rank: int, error: BaseException, *, is_users: bool) -> None:
+def leave_note(logs: Path, rank: int, error: BaseException) -> None:
     """Note a rank's failure, and put the traceback into its log. A folder that takes neither gets stderr instead."""
     lines = traceback.format_exception(error)
-    message = str(error) if is_users else "".join(lines)
+    is_users = isinstance(error, UserError) and error.status == USERS_MISTAKE
+    passes = isinstance(error, UserError) and not is_users
+    message = str(error) if isinstance(error, UserError) else "".join(lines)
     try:
         with (logs / f"rank_{rank}.log").open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(lines)
-        leave_message(logs, rank, message, is_users=is_users)
+        leave_message(logs, rank, message, is_users=is_users, passes=passes)
     except OSError as reason:
         print(f"rank {rank}: {''.join(lines)}  (not noted in {logs}: {reason})", file=sys.stderr)
 
 
-def leave_message(logs: Path, rank: int, message: str, *, is_users: bool = False) -> None:
+def leave_message(logs: Path, rank: int, message: str, *, is_users: bool = False, passes: bool = False) -> None:
     """Note a rank's failure.
+
+    Args:
+        is_users: only the user can mend it.
+        passes: the same may go well later, such as a store that is away.
 
     Raises:
         OSError: the folder does not take it.
     """
-    failure = {"time_ns": time.time_ns(), "rank": rank, "is_users": is_users, "message": message}
+    failure = {"time_ns": time.time_ns(), "rank": rank, "is_users": is_users, "passes": passes, "message": message}
     path = logs / f"failure_rank_{rank}.json"
     # Whole or not at all: the disk may be full, and a rank that takes long over it is killed.
     draft = path.with_suffix(".draft")
@@ -87,6 +94,9 @@ def first_failure(logs: Path, failures: dict[int, Any], *, interrupted: bool) ->
         first = min(noted, key=lambda failure: failure["time_ns"])
         if first["is_users"]:
             return Failure(USERS_MISTAKE, first["message"])
+        if first["passes"]:
+            # Twice the same says nothing here: a store may be away today and in a week.
+            return Failure(1, _account(logs, first["rank"], "failed", first["message"]))
         return Failure(1, _account(logs, first["rank"], "failed", first["message"]), first["message"])
     if failures and not interrupted:
         rank, failure = next(iter(failures.items()))

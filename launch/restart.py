@@ -8,7 +8,7 @@ from pathlib import Path
 
 from octofold.backends.errors import ConfigError, UserError
 from octofold.launch.config import JobConfig
-from octofold.train.checkpoint.checksums import IncompleteError
+from octofold.train.checkpoint.checksums import IncompleteError, UnreadableError
 from octofold.train.checkpoint.folders import Folder
 from octofold.train.checkpoint.manifest import MANIFEST
 from octofold.train.checkpoint.validity import checkpoints_of, valid_checkpoints
@@ -75,7 +75,7 @@ def has_saved(run_dir: Path, config: JobConfig) -> bool:
     try:
         newest = _newest(run_dir, config)
         return newest is not None and newest.read(MANIFEST) != (run_dir / _BEGAN).read_bytes()
-    except OSError:
+    except (OSError, UnreadableError):
         return True  # A place out of reach may well hold one.
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from octofold.backends.errors import UserError
-from octofold.launch.failures import USERS_MISTAKE, leave_note
+from octofold.launch.failures import leave_note
 
 PR_SET_PDEATHSIG = 1
 
@@ -34,10 +34,10 @@ def main() -> int:
         config = after_restart(config, run_dir) if restarts() else config
         train(config, run_dir, stop_deadline_s=config.launch.stop_deadline_s)
     except UserError as error:
-        leave_note(log.parent, rank, error, is_users=error.status == USERS_MISTAKE)
+        leave_note(log.parent, rank, error)
         return error.status
     except Exception as error:
-        leave_note(log.parent, rank, error, is_users=False)
+        leave_note(log.parent, rank, error)
         raise SystemExit(1) from error
     return 0
 

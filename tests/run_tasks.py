@@ -94,7 +94,14 @@ def run_while_copies_wait(config: RunConfig, run_dir: Path) -> dict[str, Any]:
         began.clear()
         return update(*given)
 
-    trainer.model.register_forward_pre_hook(lambda *_: began.set())
+    # A buffer of a user's model, which a forward pass changes.
+    trainer.model.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+
+    def begin(model: nn.Module, _: Any) -> None:
+        model.passes += 1
+        began.set()
+
+    trainer.model.register_forward_pre_hook(begin)
     trainer.engine.step = checked  # type: ignore[method-assign]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HostCopies, "finish", late)

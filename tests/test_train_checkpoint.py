@@ -49,11 +49,15 @@ def shards_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, whole, read on a world of one."""
+def tensors_of(folder: Path, **more: torch.Tensor) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, whole, read on a world of one.
+
+    Args:
+        more: buffers beside those of the model.
+    """
 
     def read() -> dict[str, torch.Tensor]:
-        tensors = expected_tensors()
+        tensors = expected_tensors() | {f"model.{name}": buffer for name, buffer in more.items()}
         read_tensors(folder, tensors)
         return tensors
 
@@ -316,7 +320,10 @@ def test_what_is_copied_beside_the_next_passes_is_what_was_there(groups, root, r
     )
     ranks(2).run(run_tasks.run, at_once, tmp_path / "at_once")
     for step in (1, 2, 3):
-        found, expected = (tensors_of(tmp_path / run / "checkpoints" / f"step_{step}") for run in ("late", "at_once"))
+        passes = torch.zeros((), dtype=torch.int64)
+        found = tensors_of(tmp_path / "late" / "checkpoints" / f"step_{step}", passes=passes)
+        expected = tensors_of(tmp_path / "at_once" / "checkpoints" / f"step_{step}")
+        assert found.pop("model.passes") == step, "what a pass changes is copied before the next one"
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             assert torch.equal(tensor, found[name]), (step, name)

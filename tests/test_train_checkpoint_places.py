@@ -19,6 +19,7 @@ from octofold.train.checkpoint import claim
 from octofold.train.checkpoint.claim import claimed
 from octofold.train.checkpoint.folders import folder_at
 from octofold.train.checkpoint.manager import Checkpointer
+from octofold.train.checkpoint.manifest import read_manifest
 from octofold.train.checkpoint.validity import find_valid, valid_checkpoints
 from octofold.train.config import CheckpointConfig
 from octofold.train.main import Outcome, train
@@ -55,6 +56,11 @@ def loaded(saver: Checkpointer) -> tuple[int, torch.Tensor]:
     return saver.load(saver.place, tensors).state["step"], tensors["model.weight"]
 
 
+def mistakes(told: list[str]) -> list[str]:
+    """Warnings but for those of a busy machine: that a save waited for the one before it."""
+    return [line for line in told if " waited " not in line]
+
+
 def test_a_store_holds_checkpoints_like_a_disk(url, world_of_one):
     told: list[str] = []
     saver = checkpointer(url, told, keep=2)
@@ -64,17 +70,16 @@ def test_a_store_holds_checkpoints_like_a_disk(url, world_of_one):
     assert find_valid(url).path.name == "step_3"
     assert sorted(folder_at(url).folders()) == ["step_2", "step_3"]
     step, weight = loaded(saver)
-    assert (step, told) == (3, [])
+    assert (step, mistakes(told)) == (3, [])
     assert torch.equal(weight, TENSORS["model.weight"] + 3)
     save(saver, 2)  # the course of step 3 was left
     saver.wait()
     assert find_valid(url).path.name == "step_2"
-    assert "manifest.json.aside" in (folder_at(url) / "step_3").sizes()
-    for step in (4, 5, 6):
+    for step in (3, 4, 5, 6):  # the new course has a step 3 of its own
         save(saver, step)
     saver.wait()
-    assert sorted(folder_at(url).folders()) == ["step_3", "step_5", "step_6"]
-    assert "manifest.json.aside" in (folder_at(url) / "step_3").sizes(), "nobody deletes what is set aside"
+    assert sorted(folder_at(url).folders()) == ["step_3.left_at_2", "step_5", "step_6"]
+    assert read_manifest(folder_at(url) / "step_3.left_at_2").state["step"] == 3, "nobody deletes what is set aside"
 
 
 def test_a_damaged_object_is_passed_over(url, world_of_one):
@@ -89,7 +94,7 @@ def test_a_damaged_object_is_passed_over(url, world_of_one):
     content[-1] ^= 1
     folder.write(name, bytes(content))
     assert loaded(saver)[0] == 1
-    assert f"step_2/{name} cannot be read" in told[0]
+    assert f"step_2/{name} cannot be read" in mistakes(told)[0]
 
 
 def test_a_store_that_is_away_delays_and_warns(store, world_of_one):
@@ -102,7 +107,7 @@ def test_a_store_that_is_away_delays_and_warns(store, world_of_one):
     save(saver, 2)
     with pytest.raises(UserError, match=r"step_2 could not be written: rank 0: .*503 slow down"):
         saver.wait()
-    assert "could not be written" in told[0]
+    assert "could not be written" in mistakes(told)[0]
     assert find_valid(store).path.name == "step_1"
     stores.ObjectStore.writes_left = None
     save(saver, 3)

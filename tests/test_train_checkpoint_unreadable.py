@@ -12,6 +12,8 @@ import torch
 from octofold.backends.errors import UserError
 from octofold.train.checkpoint import patience
 from octofold.train.checkpoint.checksums import DamagedError, UnreadableError
+from octofold.train.checkpoint.claim import claimed
+from octofold.train.checkpoint.folders import LocalFolder
 from octofold.train.checkpoint.manager import Checkpointer
 from octofold.train.config import CheckpointConfig
 
@@ -92,6 +94,36 @@ def test_a_file_that_is_gone_is_not_waited_for(run_dir, failing):
     failed = failing(10**6, "step_2/shard", number=errno.ENOENT)
     assert on_a_checkpointer(run_dir, load) == 1
     assert len(failed) == 1
+
+
+def test_what_may_not_be_read_is_whole_all_the_same(run_dir, failing):
+    failed = failing(10**6, "step_1", "step_2", number=errno.EACCES)
+    with pytest.raises(UnreadableError, match="Permission denied"):
+        on_a_checkpointer(run_dir, load)
+    assert len(failed) == 2, "waiting mends no permissions"
+
+
+@pytest.mark.parametrize("number", [errno.ETIMEDOUT, errno.EIO])
+def test_a_place_that_cannot_be_listed_may_be_there_later(number, run_dir, monkeypatch):
+    monkeypatch.setattr(patience, "WAITS_S", (0.001,))
+
+    def away(path: object) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(os, "scandir", away)
+    with pytest.raises(UnreadableError, match=os.strerror(number)) as raised:
+        on_a_checkpointer(run_dir, load)
+    assert raised.value.status == 1
+    with pytest.raises(UserError) as raised, claimed(Away(run_dir / "checkpoints")):
+        pass
+    assert raised.value.status == 1
+
+
+class Away(LocalFolder):
+    """A mount whose server is gone."""
+
+    def make(self) -> None:
+        raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), str(self.path))
 
 
 def test_where_nothing_can_be_read_nothing_is_damaged(run_dir, failing):

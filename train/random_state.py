@@ -5,12 +5,14 @@ step is computed again, and when a run is resumed, whatever was drawn before.
 """
 
 import hashlib
+import random
 
+import numpy as np
 import torch
 
 
 def seed_step(seed: int, step: int, sample: int, *coordinates: int) -> None:
-    """Seed torch's default generators, of the CPU and the device, for a step's forward and backward passes.
+    """Seed the generators of torch (CPU and device), Python and NumPy for a step's forward and backward passes.
 
     Args:
         seed: of the run.
@@ -21,4 +23,7 @@ def seed_step(seed: int, step: int, sample: int, *coordinates: int) -> None:
     """
     text = ":".join(map(str, (seed, step, sample, *coordinates)))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+    number = int.from_bytes(digest, "little") >> 1
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number % 2**32)

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 
 PREEMPTIONS = frozenset([signal.SIGTERM, signal.SIGUSR1])
@@ -76,13 +77,14 @@ class StopSignals:
     def all_saved(self) -> None:
         """From now on a wish to stop, or one that came too late for the loop, ends the process at once, and well."""
         self._saved = True
-        if self.received is not None:
-            self._leave(self.received)
+        if number := self.received or self.agreed:
+            self._leave(number)
 
     def _leave(self, number: int) -> None:
         said = f"octofold: ended by {signal.Signals(number).name} in the closing evaluation; the last step is saved"
-        print(said, file=sys.stderr, flush=True)
-        sys.stdout.flush()
+        # Not through Python's streams: the signal may have come while one of them is written.
+        with suppress(OSError):
+            os.write(2, f"{said}\n".encode())
         os._exit(exit_status(number))
 
     def _remember(self, number: int, frame: FrameType | None) -> None:

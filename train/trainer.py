@@ -26,7 +26,7 @@ from octofold.train.anomaly.replicas import Replicas
 from octofold.train.anomaly.respond import respond
 from octofold.train.build import Names
 from octofold.train.checkpoint.folders import Folder
-from octofold.train.checkpoint.manager import Checkpointer
+from octofold.train.checkpoint.manager import SIGN_S, Checkpointer
 from octofold.train.closing import validate
 from octofold.train.config import RunConfig
 from octofold.train.console import Console, RunProgress
@@ -165,8 +165,8 @@ class Trainer:
         """
         retry_s = self.config.checkpoint.retry_s
         for pause_s in (retry_s, 3 * retry_s, None):
-            self.save()
             try:
+                self.save(last=True)
                 with self.watchdog.longer("save"):
                     self.checkpointer.wait()
                 return
@@ -176,8 +176,10 @@ class Trainer:
                 reason = str(error).splitlines()[0]
                 self.console.warn(f"{reason}; the run ends here, so it is tried again in {pause_s:g} s")
             self.saved_step = None
-            with self.watchdog.longer("save"):
-                time.sleep(pause_s)
+            until_s = time.monotonic() + pause_s
+            while (left_s := until_s - time.monotonic()) > 0:
+                time.sleep(min(left_s, SIGN_S))
+                self.watchdog.sign()
 
     def step(self, stop: StopSignals, bar: RunProgress) -> bool:
         """One attempted update; False: some rank has been asked to stop."""
@@ -338,15 +340,16 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.log(dict(record))
 
-    def save(self) -> None:
-        """Save a checkpoint of the present step, unless there is one."""
+    def save(self, *, last: bool = False) -> None:
+        """Save a checkpoint of the present step, unless there is one; `last`: see `Checkpointer.save`."""
         if self.saved_step == self.progress.step:
             return
         state = self.state()  # of experts where they stand now, which the tensors do not show
         with self.interval.paused(), self.watchdog.longer("save"), self.logical_order():
-            # Where experts are put in their order for it, they go back at once.
-            steady = self.placement is None
-            self.checkpointer.save(self.progress.step, self.engine.tensors(), state, until_update=steady)
+            tensors = self.engine.tensors()
+            # Where experts are put in their order for it, they go back at once. Buffers may change in a forward pass.
+            steady = self.engine.updated(tensors) if self.placement is None else ()
+            self.checkpointer.save(self.progress.step, tensors, state, until_update=steady, last=last)
         self.saved_step = self.progress.step
 
     def state(self) -> dict[str, Any]:

@@ -34,6 +34,9 @@ class UnreadableError(DamagedError):
 
 def unreadable(place: object, error: OSError) -> str:
     """What it means to the user that a place fails whenever it is read."""
+    if isinstance(error, PermissionError):
+        rule, remedy = "what a run continues from must be readable", "mend permissions or credentials, then start again"
+        return f"{place} cannot be read: {error.strerror or error}\n  rule:   {rule}\n  remedy: {remedy}"
     return (
         f"{place} cannot be read: {error.strerror or error}\n  rule:   disks and stores may fail for a moment, but "
         f"this one failed {1 + len(WAITS_S)} times\n  remedy: start again once it can be read; nothing was removed"

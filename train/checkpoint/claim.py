@@ -25,6 +25,8 @@ from octofold.train.checkpoint.folders import Folder, LocalFolder
 LOCK, OWNER = ".owner", "owner.json"
 CANNOT_LOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 """Of file systems without locks, such as Lustre mounted without flock."""
+USERS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOSPC, errno.ENOENT)
+"""What a person has to mend; other failures of a disk or a store may pass."""
 BEAT_S = 15.0
 """How often an object is renewed; one that is not for twice as long is stale."""
 
@@ -43,7 +45,9 @@ def claimed(checkpoints: Folder) -> Iterator[None]:
             held.enter_context(_lock(Path(str(checkpoints))) if local else _renewed(checkpoints))
         except OSError as error:
             rule, remedy = f"it must be writable: {error.strerror or error}", "mend permissions, or name another place"
-            raise ConfigError("checkpoint.dir", str(checkpoints), rule, remedy) from None
+            refused = ConfigError("checkpoint.dir", str(checkpoints), rule, remedy)
+            refused.status = 2 if error.errno in USERS else 1
+            raise refused from None
         yield
 
 

@@ -16,9 +16,6 @@ from typing import IO, Any, Protocol
 from octofold.backends.errors import UserError
 from octofold.train.checkpoint.exchange import exchange
 
-ASIDE = ".aside"
-"""Ends the name of the manifest of a checkpoint that is set aside in a store, which cannot rename the folder."""
-
 
 class Reader(Protocol):
     """A file open for reading at any place."""
@@ -237,6 +234,7 @@ class LocalFolder(Folder):
     def set_aside(self, name: str, aside: str, manifest: str) -> None:
         (self / aside).remove()
         (self.path / name).rename(self.path / aside)
+        _flush(self.path)
 
     def sweep(self) -> None:
         for name in self.folders():

@@ -7,7 +7,7 @@ import time
 from itertools import chain, count
 
 from octofold.train.checkpoint.checksums import UnreadableError
-from octofold.train.checkpoint.folders import ASIDE, Folder
+from octofold.train.checkpoint.folders import Folder
 from octofold.train.checkpoint.manifest import MANIFEST
 from octofold.train.checkpoint.retention import retired
 from octofold.train.checkpoint.validity import step_folders, valid_checkpoints
@@ -27,8 +27,7 @@ class Keeper:
         self.leave(step)
         self.damaged.discard(step)
         valid, skipped = valid_checkpoints(self._checkpoints)
-        known = [s for s in skipped if not isinstance(s.error, UnreadableError)]
-        invalid = {s.step for s in known if MANIFEST + ASIDE not in s.path.sizes()} | self.damaged & valid.keys()
+        invalid = {s.step for s in skipped if not isinstance(s.error, UnreadableError)} | self.damaged & valid.keys()
         times = {number: manifest.saved_at_s for number, manifest in valid.items() if number not in invalid}
         old, broken = retired(self._config, times, invalid, time.time())
         for number in [*broken, *old]:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +21,7 @@ from octofold.train.checkpoint.checksums import DamagedError, UnreadableError
 from octofold.train.checkpoint.folders import Folder, LocalFolder
 from octofold.train.checkpoint.keeping import Keeper
 from octofold.train.checkpoint.manifest import Manifest
-from octofold.train.checkpoint.storage import OPTIONAL, Ranks, read_tensors
+from octofold.train.checkpoint.storage import Ranks, read_tensors
 from octofold.train.checkpoint.validity import (
     Skipped,
     candidates,
@@ -108,13 +108,20 @@ class Checkpointer:
         self._failed: _Save | None = None
 
     def save(
-        self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], *, until_update: bool = False
+        self,
+        step: int,
+        tensors: dict[str, torch.Tensor],
+        state: dict[str, Any],
+        *,
+        until_update: Collection[str] = (),
+        last: bool = False,
     ) -> None:
         """Copy `tensors` to host memory, and publish a checkpoint of them beside what comes next.
 
         Args:
-            until_update: only `let_go` must return before weights and moments change. What lies in host memory already
-                is then copied beside the next forward and backward passes, too.
+            until_update: names of tensors that stay as they are until `let_go` has returned, such as parameters and
+                moments until the next update. Where they lie in host memory, they are copied beside what comes next.
+            last: no other save makes up for this one, so it is tried however many have failed.
 
         One is written at a time: while another is, this waits for it, and says so. One that fails is warned of, and
         leaves the earlier ones as they are; `checkpoint.max_failures` of them in a row are an error.
@@ -123,12 +130,11 @@ class Checkpointer:
             UserError: too many have failed one after the other.
         """
         self._finish(wanted=step)
-        if self.failures >= self.config.max_failures:
+        if self.failures >= self.config.max_failures and not last:
             raise self._unwritable()
         group = self._group()
         if self.config.asynchronous:
-            # State of an FP8 recipe changes in a forward pass.
-            shards = self._copies.take(tensors, later=lambda name: until_update and not name.startswith(OPTIONAL))
+            shards = self._copies.take(tensors, later=until_update)
         else:
             shards = {name: shard_of(tensor) for name, tensor in tensors.items()}
         planner = ShardPlanner(tensors, shards)
@@ -203,7 +209,7 @@ class Checkpointer:
                 return
             try:
                 self._keeper.leave(step)
-            except OSError as error:
+            except (OSError, UnreadableError) as error:
                 rule = f"checkpoints later than step {step} are set aside when a run continues from there: {error}"
                 raise ConfigError("checkpoint.dir", str(self.checkpoints), rule, "mend permissions") from None
 
@@ -315,7 +321,7 @@ class Checkpointer:
             else:
                 self.warn(f"checkpoint {final} could not be written: {save.failure}; tried again at the next interval")
                 self.checkpoints.partial(final.name).remove()
-        except OSError as error:
+        except (OSError, UnreadableError) as error:
             self.warn(f"{self.checkpoints}: what is no longer needed could not be removed: {error}")
 
     def _unwritable(self) -> UserError:

@@ -11,7 +11,9 @@ from typing import Any
 
 import fsspec  # type: ignore[import-untyped]
 
-from octofold.train.checkpoint.folders import ASIDE, Folder, Output, not_a_place
+from octofold.train.checkpoint.folders import Folder, Output, not_a_place
+
+COPY_BYTES = 4 * 2**20
 
 
 def remote_folder(url: str) -> "RemoteFolder":
@@ -104,10 +106,26 @@ class RemoteFolder(Folder):
         (self / name).remove()
 
     def set_aside(self, name: str, aside: str, manifest: str) -> None:
-        folder = self / name
-        if manifest in folder.sizes():
-            folder.write(manifest + ASIDE, folder.read(manifest))
-        folder.delete(manifest)
+        source, target = self / name, self / aside
+        names = source.sizes()
+        if manifest not in names:
+            return  # It was never published, and does not count as it is.
+        for file in [*(n for n in names if n != manifest), manifest]:
+            source._copy(file, target, names[file])
+        self.withdraw(name, manifest)
+
+    def _copy(self, name: str, target: "RemoteFolder", size: int) -> None:
+        """Copy a file, in the store where it can do that by itself."""
+        with _told(f"{target}/{name}"):
+            try:
+                self._fs.cp_file(f"{self._path}/{name}", f"{target._path}/{name}")
+                return
+            except NotImplementedError:
+                pass
+        reader, buffer = self.open(name), memoryview(bytearray(COPY_BYTES))
+        with target.writing(name) as out:
+            for begin in range(0, size, COPY_BYTES):
+                out.write(buffer[: reader.read_into(buffer[: size - begin], begin)])
 
     def sweep(self) -> None:
         pass

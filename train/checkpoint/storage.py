@@ -115,7 +115,8 @@ class Ranks:
         try:
             result = action()
         except (UserError, OSError) as error:
-            kind = next((k for k in (UnreadableError, DamagedError) if isinstance(error, k)), UserError)
+            kinds = (UnreadableError, DamagedError, UserError)
+            kind = next((k for k in kinds if isinstance(error, k)), UnreadableError)
             failure = (kind, str(error))
         for told in self.gather(failure):
             if told is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from octofold.backends.errors import UserError
-from octofold.train.checkpoint.checksums import CheckedFile, DamagedError, UnreadableError
+from octofold.train.checkpoint.checksums import CheckedFile, DamagedError, UnreadableError, unreadable
 from octofold.train.checkpoint.folders import Folder, folder_at
 from octofold.train.checkpoint.manifest import STEP_FOLDER, Manifest, read_manifest
 from octofold.train.checkpoint.patience import patiently
@@ -54,8 +54,15 @@ def checkpoints_of(run_dir: Path | str | Folder, directory: str | None = None) -
 
 
 def step_folders(checkpoints: Folder) -> dict[int, Folder]:
-    """Every folder named as a checkpoint, valid or not, by step, oldest first."""
-    names = patiently(checkpoints.folders)
+    """Every folder named as a checkpoint, valid or not, by step, oldest first.
+
+    Raises:
+        UnreadableError: the disk or the store does not list them.
+    """
+    try:
+        names = patiently(checkpoints.folders)
+    except OSError as error:
+        raise UnreadableError(unreadable(checkpoints, error)) from None
     steps = {int(match[1]): name for name in names if (match := STEP_FOLDER.fullmatch(name))}
     return {step: checkpoints / steps[step] for step in sorted(steps)}
 

@@ -7,7 +7,7 @@ all of them when one fails. Each rank writes one safetensors file; a shard's pla
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from itertools import chain
 from math import prod
@@ -42,11 +42,11 @@ class HostCopies:
         self._kept: dict[str, torch.Tensor] = {}
         self._later: dict[str, torch.Tensor] = {}
 
-    def take(self, tensors: dict[str, torch.Tensor], *, later: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+    def take(self, tensors: dict[str, torch.Tensor], *, later: Collection[str] = ()) -> dict[str, torch.Tensor]:
         """Copies of this rank's shards by name, complete on return but for those that `finish` makes.
 
         Args:
-            later: whether a tensor stays as it is until `finish` has returned; heeded for those in host memory.
+            later: names of tensors that stay as they are until `finish` has returned; heeded for those in host memory.
         """
         shards = {name: shard_of(tensor) for name, tensor in tensors.items()}
         self._later.clear()
@@ -59,7 +59,7 @@ class HostCopies:
                 pinned = shard.device.type != "cpu"
                 kept = torch.empty(shard.shape, dtype=shard.dtype, device="cpu", pin_memory=pinned)
                 self._kept[name] = kept
-            if shard.device.type == "cpu" and later(name):
+            if shard.device.type == "cpu" and name in later:
                 self._later[name] = shard
                 continue
             kept.copy_(shard, non_blocking=True)

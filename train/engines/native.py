@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -159,6 +159,11 @@ class NativeEngine:
             for moment, tensor in self.optimizer.moments(parameter).items():
                 named[f"optim.{name}.{moment}"] = tensor
         return named
+
+    def updated(self, tensors: Iterable[str]) -> set[str]:
+        """Names of those among `tensors()` that nothing but `step` changes: parameters and moments, not buffers."""
+        parameters = {f"model.{name}" for name, _ in self.model.named_parameters()}
+        return {name for name in tensors if name in parameters or name.startswith("optim.")}
 
     def restore(self, updates: int, loss_scale: dict[str, Any] | None) -> None:
         """Continue after `updates` applied updates, once the tensors have been read.
