@@ -64,6 +64,7 @@ def verify_layout(
             seed = asked.train.seed + number
             scratch = folder / f"seed_{seed}" if number else folder
             of_seed = replace(asked, parallel=small, run_dir=None, train=replace(asked.train, seed=seed))
+            of_seed = replace(of_seed, backend=replace(asked.backend, ranks_per_node=_ranks_per_node(asked, ranks)))
             config = validate(twin(of_seed, folder, steps=settings.steps or STEPS, precision=precision), ranks)
             assert isinstance(config, JobConfig)
             if not number:
@@ -74,6 +75,12 @@ def verify_layout(
     _write_result(folder / "result.json", settings, asked.parallel, small, ranks, proofs)
     _tell(proofs, settings, asked, config, ranks, folder)
     return 0 if holds else 1
+
+
+def _ranks_per_node(asked: JobConfig, ranks: int) -> int:
+    """Two nodes where the job has several, so that what `auto` chooses for them is what is proved."""
+    several = 0 < asked.backend.ranks_per_node < smallest_world(asked.parallel)
+    return ranks // 2 if several and ranks % 2 == 0 else 0
 
 
 def _asked(texts: Sequence[str], config_dirs: Sequence[str]) -> JobConfig:

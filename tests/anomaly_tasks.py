@@ -57,6 +57,7 @@ def _spoil(trainer: Trainer, module: nn.Module, fault: Fault) -> None:
         return
     setattr(trainer, "spoilt", True)  # noqa: B010 - once, also where the run goes back and comes again
     bias = getattr(module, "e_score_correction_bias", None)
+    trainer.checkpointer.let_go()  # what was saved before it broke is sound
     with torch.no_grad():
         shard = module.weight.to_local() if bias is None else bias  # type: ignore[union-attr, operator]
         if fault.kind == "weight":

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 import octofold.parallel.apply
 import octofold.parallel.norm
+from octofold.backends.hierarchical import HierarchicalSum
 from octofold.parallel.pipeline_ends import SharedEnds
 from octofold.train.config import RunConfig
 from octofold.train.layout.facts import RankFacts
@@ -65,6 +66,17 @@ def experts_not_summed(config: RunConfig, run_dir: Path) -> RankFacts:
 def experts_summed_twice(config: RunConfig, run_dir: Path) -> RankFacts:
     """The gradients of experts are summed once too often."""
     return _experts_reduced(2, config, run_dir)
+
+
+def hierarchical_sums_doubled(config: RunConfig, run_dir: Path) -> RankFacts:
+    """What is summed by steps inside and between nodes comes out twice as large."""
+    summed = HierarchicalSum.__call__
+
+    def doubled(self: HierarchicalSum, tensor: torch.Tensor) -> torch.Tensor:
+        return summed(self, tensor).mul_(2)
+
+    with patch.object(HierarchicalSum, "__call__", doubled):
+        return record(config, run_dir)
 
 
 def bias_from_local_counts(config: RunConfig, run_dir: Path) -> RankFacts:

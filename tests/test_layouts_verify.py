@@ -23,6 +23,7 @@ def _warm(ranks, monkeypatch):
 
 
 TINY = ["model=tiny", "model.num_hidden_layers=2", "verify.steps=2"]
+EIGHT = [*TINY[:2], "launch.nproc_per_node=8", "parallel.expert=4", "train.global_batch_size=32"]
 
 
 def test_yes(tmp_path, capsys):
@@ -53,6 +54,27 @@ def test_no_names_the_worst_and_the_fault(tmp_path, capsys):
     assert (worst["key"]["kind"], round(worst["ratio"], 6)) == ("gradient", 2.0)
 
 
+def test_a_job_that_shrinks_keeps_what_a_fault_needs_to_show(tmp_path, capsys):
+    """Experts that the job has copies of have copies in small, whose gradients are summed."""
+    settings = VerifyConfig(steps=1, ranks=4)
+    assert verify_layout(settings, [*EIGHT, f"run_dir={tmp_path / 'sound'}"], []) == 0
+    assert "does data_shard=4 expert=2 on 4 ranks compute" in capsys.readouterr().out
+    fault = "layout_faults:experts_summed_twice"
+    assert verify_layout(settings, [*EIGHT, f"run_dir={tmp_path / 'fault'}"], [], task=fault) == 1
+    assert "gradients of all expert weights are 2x those of one rank" in capsys.readouterr().out
+
+
+def test_what_several_nodes_change_is_proved_on_two(tmp_path, capsys):
+    """Sums by steps, and the route that `auto` takes there, though the job in small would fit one node."""
+    texts = [*EIGHT, "backend.ranks_per_node=4", "backend.all_reduce=hierarchical"]
+    settings = VerifyConfig(steps=1, ranks=4)
+    assert verify_layout(settings, [*texts, f"run_dir={tmp_path / 'sound'}"], []) == 0
+    small = read_config(tmp_path / "sound")
+    assert (small.backend.ranks_per_node, small.backend.all_reduce) == (2, "hierarchical")
+    fault = "layout_faults:hierarchical_sums_doubled"
+    assert verify_layout(settings, [*texts, f"run_dir={tmp_path / 'fault'}"], [], task=fault) == 1
+
+
 @pytest.mark.slow
 def test_a_big_job_is_proved_in_small(tmp_path, capsys):
     """DeepSeek-V3 on 64 ranks, over two seeds."""
@@ -62,7 +84,7 @@ def test_a_big_job_is_proved_in_small(tmp_path, capsys):
     assert main(["verify", "layout", "model=deepseek_v3", *degrees, *batch, f"run_dir={folder}"]) == 0
     printed = capsys.readouterr().out
     assert "asked for: data_shard=8 context=4 tensor=2 expert=16" in printed
-    assert "does data_shard=2 context=2 tensor=2 expert=8 on 8 ranks compute what one rank does? yes" in printed
+    assert "does data_shard=2 context=2 tensor=2 expert=4 on 8 ranks compute what one rank does? yes" in printed
     assert list(json.loads((folder / "result.json").read_text())["seeds"]) == ["0", "1"]
     assert (folder / "seed_1" / "layout").is_dir()
 
@@ -116,7 +138,12 @@ def test_the_smallest_world_of_some_degrees(degrees, ranks):
     ("degrees", "most", "expected"),
     [
         ({"data_shard": 8, "expert": 8}, 8, {"data_shard": 8, "expert": 8}),
-        ({"data_shard": 64, "expert": 32, "tensor": 2}, 8, {"data_shard": 4, "expert": 8, "tensor": 2}),
+        ({"data_shard": 64, "expert": 32, "tensor": 2}, 8, {"data_shard": 4, "expert": 4, "tensor": 2}),
+        ({"data_shard": 16, "expert": 8}, 8, {"data_shard": 8, "expert": 4}),
+        ({"data_shard": 9, "expert": 3}, 6, {"data_shard": 9, "expert": 3}),
+        ({"data_shard": 4, "expert": 2}, 2, {"data_shard": 4, "expert": 2}),
+        ({"pipeline": 2, "data_shard": 8, "expert": 4}, 4, {"pipeline": 2, "data_shard": 4, "expert": 2}),
+        ({"data_shard": 16, "expert": 4, "expert_tensor": 4}, 8, {"data_shard": 8, "expert": 2, "expert_tensor": 4}),
         ({"data_shard": 16, "tensor": 8, "context": 4}, 8, {"data_shard": 2, "tensor": 2, "context": 2}),
         ({"data_replicate": 2, "data_shard": 2, "tensor": 2, "context": 2}, 8, None),
     ],

@@ -59,6 +59,7 @@ def one_rank(config: RunConfig, *, whole_batch: bool = True) -> RunConfig:
     """
     micro = config.train.global_batch_size if whole_batch else config.train.micro_batch_size
     alone = replace(config, parallel=ParallelConfig(), train=replace(config.train, micro_batch_size=micro))
+    alone = replace(alone, backend=replace(config.backend, ranks_per_node=0, all_reduce="flat"))
     return validate(alone, 1)
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
 from octofold.backends.determinism import set_deterministic
+from octofold.backends.hierarchical import sums_taken
 from octofold.backends.process_group import RankInfo
 from octofold.backends.recording import Record, recorded
 from octofold.backends.registry import resolve
@@ -46,7 +47,7 @@ def record(config: RunConfig, run_dir: Path) -> RankFacts:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            with recorded() as calls:
+            with recorded() as calls, sums_taken(config.backend.all_reduce, trainer.topology):
                 witness = _Witness(trainer, calls)
                 steps = tuple(witness.step() for _ in range(config.train.steps))
             slots = slots_by_parameter(trainer.model)

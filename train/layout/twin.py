@@ -9,6 +9,7 @@ import random
 from dataclasses import replace
 from math import gcd, lcm, prod
 from pathlib import Path
+from typing import Any
 
 from octofold.backends.config import BackendConfig
 from octofold.backends.errors import ConfigError
@@ -41,26 +42,49 @@ def smallest_world(parallel: ParallelConfig) -> int:
 def shrunk(parallel: ParallelConfig, most: int) -> ParallelConfig:
     """Resolved degrees, the largest halved until the world has at most so many ranks, none that is above 1 below 2.
 
+    That holds for the copies of each expert, too (`expert_data`), whose gradients are summed.
+
     Raises:
         ConfigError: no split of the experts would be left.
     """
-    asked, world = parallel.pipeline, prod(getattr(parallel, name) for name in DENSE_DEGREES)
+    asked, world = parallel.pipeline, prod(d for _, d in _degrees(parallel))
+    copies = _span(parallel) // (parallel.expert * parallel.expert_tensor)
+    copied = min((factor for factor in range(2, copies + 1) if copies % factor == 0), default=1)
+    least = copied * min(parallel.expert, 2) * min(parallel.expert_tensor, 2)
+    if world <= most:
+        return parallel
     while world > most:
-        name = max(DENSE_DEGREES, key=lambda name: getattr(parallel, name))
-        degree = getattr(parallel, name)
-        if degree <= 2:
+        halved = [_with(parallel, n, max(2, d // 2)) for n, d in _degrees(parallel) if d > 2]
+        halved = [candidate for candidate in halved if _span(candidate) >= least]
+        if not halved:
             break
-        parallel = replace(parallel, **{name: max(2, degree // 2)})
-        world = prod(getattr(parallel, name) for name in DENSE_DEGREES)
-    span = parallel.data_shard * parallel.context * parallel.tensor
-    expert_tensor = gcd(parallel.expert_tensor, span)
+        # The largest degree is the one whose half leaves the smallest of the largest degrees.
+        parallel = min(halved, key=lambda candidate: sorted((d for _, d in _degrees(candidate)), reverse=True))
+        world = prod(d for _, d in _degrees(parallel))
+    span = _span(parallel)
+    room = span // copied if span % copied == 0 else span
+    expert_tensor = gcd(parallel.expert_tensor, room // min(parallel.expert, 2))
     split = parallel.pipeline_split if parallel.pipeline == asked else []
-    expert = gcd(parallel.expert, span // expert_tensor)
+    expert = gcd(parallel.expert, room // expert_tensor)
     if (expert == 1 < parallel.expert) or (expert_tensor == 1 < parallel.expert_tensor):
         shown = f"verify.ranks={most} parallel.expert={parallel.expert} parallel.expert_tensor={parallel.expert_tensor}"
         rule = f"the degrees shrink to {world} rank(s), of which {span} span the experts: no split of them is left"
         raise ConfigError("verify.ranks", shown, rule, "a larger verify.ranks, or degrees that are powers of two")
     return replace(parallel, expert_tensor=expert_tensor, expert=expert, pipeline_split=split)
+
+
+def _degrees(parallel: ParallelConfig) -> list[tuple[str, int]]:
+    return [(name, getattr(parallel, name)) for name in DENSE_DEGREES]
+
+
+def _with(parallel: ParallelConfig, name: str, degree: int) -> ParallelConfig:
+    changed: dict[str, Any] = {name: degree}
+    return replace(parallel, **changed)
+
+
+def _span(parallel: ParallelConfig) -> int:
+    """Ranks over which experts are laid out."""
+    return parallel.data_shard * parallel.context * parallel.tensor
 
 
 def twin(config: RunConfig, folder: Path, *, steps: int, precision: PrecisionConfig) -> RunConfig:
@@ -163,7 +187,8 @@ def _small_optim(optim: OptimConfig, precision: PrecisionConfig) -> OptimConfig:
 def _small_backend(config: RunConfig) -> BackendConfig:
     """CPUs; two nodes where experts are reached over several."""
     ranks = prod(getattr(config.parallel, name) for name in DENSE_DEGREES)
-    several = config.parallel.expert_route == "two_stage" or 0 < config.backend.ranks_per_node < ranks
+    several = 0 < config.backend.ranks_per_node < ranks
+    several = several or config.parallel.expert_route == "two_stage" or config.backend.all_reduce == "hierarchical"
     # One thread a rank: how a sum is split over threads decides its last bits.
     nodes = ranks // 2 if several and ranks % 2 == 0 else 0
     return BackendConfig(name="cpu", threads=1, ranks_per_node=nodes, all_reduce=config.backend.all_reduce)
