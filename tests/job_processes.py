@@ -1,6 +1,7 @@
 """`octofold train` as processes that tests send signals to."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -87,9 +88,11 @@ def is_training(process: psutil.Process) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    sockets = [socket.create_server(("localhost", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Ports that nobody listens on now, below those that the system gives to connections meanwhile."""
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(range(20000, 32000), 1000):
+        with suppress(OSError), socket.create_server(("localhost", port)):
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise OSError("no free port between 20000 and 32000")
