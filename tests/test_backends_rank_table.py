@@ -64,7 +64,7 @@ def test_one_server_needs_no_addresses_and_one_super_pod_neither():
         for server in table["server_list"]:
             for device in server["device"]:
                 del device["device_ip"]
-        parse(json.dumps(table), "t")
+        assert len(parse(json.dumps(table), "t").servers) == len(table["server_list"])
 
 
 D = "server_list/1/device/1"

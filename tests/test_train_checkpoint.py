@@ -21,6 +21,7 @@ from octofold.train.build import model_config
 from octofold.train.checkpoint.manifest import read_manifest
 from octofold.train.checkpoint.storage import read_tensors
 from octofold.train.main import Outcome, train
+from octofold.train.metrics import METRICS_FILE, read_metrics
 from octofold.train.models.registry import load_architecture
 from octofold.train.trainer import Trainer
 
@@ -327,3 +328,18 @@ def test_what_is_copied_beside_the_next_passes_is_what_was_there(groups, root, r
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             assert torch.equal(tensor, found[name]), (step, name)
+
+
+def test_a_run_that_ended_in_its_closing_evaluation_has_that_left_to_do(root, tmp_path):
+    """Killed there, or signalled: the steps are done, and the `final` record is not there."""
+    config = tiny_run(root, **BF16)
+    assert train(config, tmp_path) == Outcome(3)
+    records = read_metrics(tmp_path)
+    (closing,) = [record for record in records if record["kind"] == "final"]
+    left = [record for record in records if record["kind"] == "train"]
+    (tmp_path / METRICS_FILE).write_text("".join(json.dumps(record) + "\n" for record in left))
+    resumed = tiny_run(root, resume=str(tmp_path), **BF16)
+    for _ in range(2):  # the second time there is nothing to do
+        assert train(resumed, tmp_path) == Outcome(3)
+        (found,) = [record for record in read_metrics(tmp_path) if record["kind"] == "final"]
+        assert found["validation_loss"] == closing["validation_loss"]

@@ -185,46 +185,40 @@ def test_a_run_saves_into_a_store_and_goes_on_from_it(root, store, tmp_path):
         train(tiny_run(root, **place), tmp_path / "another")
 
 
+@pytest.fixture
+def small_place(tmp_path: Path) -> Iterator[Path]:
+    """A run's folder of checkpoints on a disk of 6 MB."""
+    place = tmp_path / "run" / "checkpoints"
+    place.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
 @pytest.mark.parametrize("n", [1, 2])
-def test_a_full_disk_delays_a_run(n, root, tmp_path, ranks):
+def test_a_full_disk_delays_a_run(n, root, small_place, ranks):
     """Room for one checkpoint of 3.8 MB and a half: saves fail and are warned of, the first checkpoint stays."""
-    run_dir = tmp_path / "run"
-    place = run_dir / "checkpoints"
-    place.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small disk is not permitted here")
-    try:
-        config = tiny_run(
-            root, n, train={"steps": 4}, checkpoint={"every_steps": 1, "max_failures": 9}, precision={"name": "bf16"}
-        )
-        told, error = ranks(n).run(run_tasks.run_on_a_full_disk, config, run_dir)[0]
-        for step, times in ((2, 1), (3, 1), (4, 3)):
-            failed = [line for line in told if f"step_{step} could not be written" in line and "next interval" in line]
-            assert len(failed) == times
-            assert all("No space left" in line for line in failed)
-        assert "step_4 could not be written" in error
-        assert steps_of(run_dir) == [1]
-        assert [path.name for path in place.iterdir()] == ["step_1"]
-        assert newest(run_dir).name == "step_1"
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
+    config = tiny_run(
+        root, n, train={"steps": 4}, checkpoint={"every_steps": 1, "max_failures": 3}, precision={"name": "bf16"}
+    )
+    told, error = ranks(n).run(run_tasks.run_on_a_full_disk, config, small_place.parent)[0]
+    for step, times in ((2, 1), (3, 1), (4, 3)):
+        failed = [line for line in told if f"step_{step} could not be written" in line and "next interval" in line]
+        assert len(failed) == times
+        assert all("No space left" in line for line in failed)
+    assert "step_4 could not be written" in error
+    assert steps_of(small_place.parent) == [1]
+    assert [path.name for path in small_place.iterdir()] == ["step_1"]
+    assert newest(small_place.parent).name == "step_1"
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_room_that_is_made_in_time_saves_the_last_step(n, root, tmp_path, ranks):
-    run_dir = tmp_path / "run"
-    place = run_dir / "checkpoints"
-    place.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small disk is not permitted here")
-    try:
-        (in_the_way := place / "big").write_bytes(bytes(4 << 20))
-        config = tiny_run(root, n, train={"steps": 2}, precision={"name": "bf16"})
-        told, error = ranks(n).run(run_tasks.run_on_a_full_disk, config, run_dir, in_the_way)[0]
-        assert error == ""
-        assert any("the run ends here, so it is tried again in 0 s" in line for line in told)
-        assert steps_of(run_dir) == [2]
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
+def test_room_that_is_made_in_time_saves_the_last_step(n, root, small_place, ranks):
+    (in_the_way := small_place / "big").write_bytes(bytes(4 << 20))
+    config = tiny_run(root, n, train={"steps": 2}, precision={"name": "bf16"})
+    told, error = ranks(n).run(run_tasks.run_on_a_full_disk, config, small_place.parent, in_the_way)[0]
+    assert error == ""
+    assert any("the run ends here, so it is tried again in 0 s" in line for line in told)
+    assert steps_of(small_place.parent) == [2]

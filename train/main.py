@@ -27,7 +27,7 @@ from octofold.train.closing import finish
 from octofold.train.config import RunConfig
 from octofold.train.console import Console
 from octofold.train.data.build import build_data
-from octofold.train.metrics import MetricsWriter
+from octofold.train.metrics import MetricsWriter, read_metrics
 from octofold.train.startup import startup_sections
 from octofold.train.stop import StopSignals
 from octofold.train.trainer import Trainer
@@ -167,12 +167,22 @@ def _enter_start(trainer: Trainer, run_dir: Path, ranks: int) -> None:
     history.append(run_dir, "load", step=step, checkpoint=checkpoint, skipped=skipped, ranks=ranks)
 
 
+def _is_closed(run_dir: Path, step: int) -> bool:
+    """Whether the run has its `final` record of that step, as rank 0 sees it. Collective."""
+
+    def look() -> bool:
+        return any(record["kind"] == "final" and record["step"] == step for record in read_metrics(run_dir))
+
+    return Ranks(None).first(look)
+
+
 def _run(trainer: Trainer, stop: StopSignals, console: Console, run_dir: Path) -> Outcome:
     steps = trainer.config.train.steps
-    if trainer.progress.step >= steps:
+    if trainer.progress.step > steps or (trainer.progress.step == steps and _is_closed(run_dir, steps)):
         console.info(f"nothing to do: the run stands at step {trainer.progress.step}; set train.steps above that")
         return Outcome(trainer.progress.step)
-    if not trainer.run(stop):
+    # A run that ended in its closing evaluation has that left to do.
+    if trainer.progress.step < steps and not trainer.run(stop):
         console.info(f"stopped at step {trainer.progress.step}; saved {trainer.last_checkpoint}")
         return Outcome(trainer.progress.step, stop.agreed)
     stop.all_saved()
