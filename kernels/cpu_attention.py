@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
+from octofold.kernels.cpu_products import matmul
 from octofold.kernels.recompute import recomputed
 from octofold.kernels.registry import Workload
 
@@ -35,7 +36,7 @@ def _blocks(queries: int, length: int, doc_ids_S: torch.Tensor | None) -> Iterat
 
 def _weights(q_HQd, k_HKd, first, end, key, doc_ids_S, above):
     """softmax(q kᵀ), [H, Q, K] with weight 0 where a query may not look."""
-    scores = torch.bmm(q_HQd, k_HKd.transpose(1, 2))
+    scores = matmul(q_HQd, k_HKd.transpose(1, 2))
     scores[:, :, first - key :].add_(above[: end - first, : end - first])
     if doc_ids_S is not None:
         scores.masked_fill_(doc_ids_S[first:end, None] != doc_ids_S[None, key:end], float("-inf"))
@@ -54,7 +55,7 @@ class _Attention(torch.autograd.Function):
             for rows, first, end, key in _blocks(queries, k_BHSd.shape[2], doc_ids_S):
                 q, k = scaled_BHQd[b, :, rows], k_BHSd[b, :, key:end]
                 weights = _weights(q, k, first, end, key, doc_ids_S, above)
-                out_BHQv[b, :, rows] = torch.bmm(weights, v_BHSv[b, :, key:end])
+                out_BHQv[b, :, rows] = matmul(weights, v_BHSv[b, :, key:end])
         # Not the scaled queries: the operands themselves may be formed again.
         ctx.save_for_backward(q_BHQd, k_BHSd, v_BHSv, doc_ids_BS)
         ctx.scale = scale
@@ -75,11 +76,11 @@ class _Attention(torch.autograd.Function):
                 q, k, v = scaled_BHQd[b, :, rows], k_BHSd[b, :, key:end], v_BHSv[b, :, key:end]
                 grad = grad_BHQv[b, :, rows]
                 weights = _weights(q, k, first, end, key, doc_ids_S, above)
-                grad_v[b, :, key:end] += torch.bmm(weights.transpose(1, 2), grad)
-                grad_weights = torch.bmm(grad, v.transpose(1, 2))
+                grad_v[b, :, key:end] += matmul(weights.transpose(1, 2), grad)
+                grad_weights = matmul(grad, v.transpose(1, 2))
                 grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, dtype)
-                grad_q[b, :, rows] = torch.bmm(grad_scores, k)
-                grad_k[b, :, key:end] += torch.bmm(grad_scores.transpose(1, 2), q)
+                grad_q[b, :, rows] = matmul(grad_scores, k)
+                grad_k[b, :, key:end] += matmul(grad_scores.transpose(1, 2), q)
         return grad_q.mul_(ctx.scale), grad_k.to(dtype), grad_v.to(dtype), None, None
 
 

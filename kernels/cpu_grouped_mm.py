@@ -2,6 +2,7 @@
 
 import torch
 
+from octofold.kernels.cpu_products import matmul, matmul_into, widens
 from octofold.kernels.registry import Workload
 
 
@@ -13,13 +14,14 @@ def why_unsupported(workload: Workload) -> str | None:
 BLOCK_ROWS = 64
 
 
-def _parts(rows: int, dtype: torch.dtype) -> tuple[int, int]:
+def _parts(x_rD: torch.Tensor) -> tuple[int, int]:
     """Rows multiplied as they are, and rows that are padded to one block first.
 
     oneDNN compiles code for every new shape of a BF16 product, which costs more than the product; experts receive
     another number of tokens at every step. Multiples of a block keep the shapes few.
     """
-    rest = rows % BLOCK_ROWS if dtype == torch.bfloat16 else 0
+    rows = x_rD.shape[0]
+    rest = rows % BLOCK_ROWS if x_rD.dtype == torch.bfloat16 and not widens(x_rD) else 0
     return rows - rest, rest
 
 
@@ -31,19 +33,19 @@ def _padded(x_rD: torch.Tensor) -> torch.Tensor:
 
 def rows_mm(x_rD: torch.Tensor, w_DF: torch.Tensor, out_rF: torch.Tensor) -> None:
     """out = x w."""
-    whole, rest = _parts(x_rD.shape[0], x_rD.dtype)
+    whole, rest = _parts(x_rD)
     if whole:
-        torch.mm(x_rD[:whole], w_DF, out=out_rF[:whole])
+        matmul_into(x_rD[:whole], w_DF, out_rF[:whole])
     if rest:
-        out_rF[whole:] = torch.mm(_padded(x_rD[whole:]), w_DF)[:rest]
+        out_rF[whole:] = matmul(_padded(x_rD[whole:]), w_DF)[:rest]
 
 
 def _inner_mm(a_rF: torch.Tensor, b_rD: torch.Tensor, out_FD: torch.Tensor) -> None:
     """out = aᵀ b, summed over the rows; the padded rows add zeros."""
-    whole, rest = _parts(a_rF.shape[0], a_rF.dtype)
-    torch.mm(a_rF[:whole].t(), b_rD[:whole], out=out_FD)
+    whole, rest = _parts(a_rF)
+    matmul_into(a_rF[:whole].t(), b_rD[:whole], out_FD)
     if rest:
-        out_FD += torch.mm(_padded(a_rF[whole:]).t(), _padded(b_rD[whole:]))
+        out_FD += matmul(_padded(a_rF[whole:]).t(), _padded(b_rD[whole:]))
 
 
 class _GroupedMm(torch.autograd.Function):

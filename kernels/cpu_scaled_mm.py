@@ -8,6 +8,7 @@ results come from FP32 products of operands that are not rounded.
 import torch
 
 from octofold.kernels.cpu_grouped_mm import rows_mm
+from octofold.kernels.cpu_products import matmul, matmul_into
 from octofold.kernels.qtensor import E4M3, E8M0, QTensor, spread
 from octofold.kernels.reference.quantize import GROUP_UNIT
 from octofold.kernels.registry import Workload
@@ -32,7 +33,7 @@ def scaled_mm(
 ) -> torch.Tensor:
     """As kernels/reference/scaled_mm.py."""
     assert accumulation == "fp32"
-    return dequantize(a, out_dtype) @ dequantize(b, out_dtype).mT
+    return matmul(dequantize(a, out_dtype), dequantize(b, out_dtype).mT)
 
 
 def scaled_grouped_mm(
@@ -70,7 +71,7 @@ def scaled_grouped_inner_mm(
     for out, count in zip(out_EFD, counts_E.tolist(), strict=True):
         # Filled up with zeros to whole tiles: they add nothing, and one product rounds once.
         end = start + -(-count // unit) * unit
-        torch.mm(a_TF[start:end].t(), b_TD[start:end], out=out)
+        matmul_into(a_TF[start:end].t(), b_TD[start:end], out)
         start = end
     return out_EFD
 

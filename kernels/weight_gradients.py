@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from octofold.kernels import cpu_products
+from octofold.kernels.cpu_products import matmul, widens
 from octofold.kernels.registry import Kernels
 
 Product = Callable[[], torch.Tensor]
@@ -44,7 +46,7 @@ class WeightGradients:
 def linear(x: torch.Tensor, weight_MK: torch.Tensor, later: WeightGradients | None) -> torch.Tensor:
     """x wᵀ: [..., K] to [..., M]; with `later`, the weight's gradient is left there."""
     if later is None or not torch.is_grad_enabled():
-        return F.linear(x, weight_MK)
+        return cpu_products.linear(x, weight_MK)
     assert x.requires_grad
     product: torch.Tensor = _Linear.apply(x, weight_MK.detach(), (weight_MK,), later)
     return product
@@ -71,13 +73,13 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         # In a tuple, so that the graph does not see it: its gradient comes by the queue.
         (ctx.weight,), ctx.later = held, later
-        return F.linear(x, weight)
+        return matmul(x, weight.mT) if widens(x) else F.linear(x, weight)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        ctx.later.leave(ctx.weight, lambda: grad.flatten(0, -2).mT @ x.flatten(0, -2))
-        return grad @ weight, None, None, None
+        ctx.later.leave(ctx.weight, lambda: matmul(grad.flatten(0, -2).mT, x.flatten(0, -2)))
+        return matmul(grad, weight), None, None, None
 
 
 class _GroupedMm(torch.autograd.Function):
@@ -99,4 +101,4 @@ def grouped_inner_mm(a_NM: torch.Tensor, b_NK: torch.Tensor, counts_E: torch.Ten
     if a_NM.shape[0] and a_NM.device.type != "cpu" and a_NM.dtype == torch.bfloat16:
         return F.grouped_mm(a_NM.mT, b_NK, offs=counts_E.cumsum(0).to(torch.int32))  # no wait for the sizes
     sizes = counts_E.tolist()
-    return torch.stack([a.mT @ b for a, b in zip(a_NM.split(sizes), b_NK.split(sizes), strict=True)])
+    return torch.stack([matmul(a.mT, b) for a, b in zip(a_NM.split(sizes), b_NK.split(sizes), strict=True)])

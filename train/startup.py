@@ -94,7 +94,7 @@ def _device(built: BuiltModel, backend: Backend, info: RankInfo) -> Section:
 def _precision(config: RunConfig, built: BuiltModel, backend: Backend, info: RankInfo) -> Section:
     precision, degrees = config.precision, config.parallel
     compute_dtype = COMPUTE_DTYPES[precision.name]
-    bf16 = "native" if backend.capabilities(info.local_rank).bf16 else "emulated by the library: slow"
+    bf16 = "native" if backend.capabilities(info.local_rank).bf16 else "computed in FP32, rounded once"
     arithmetic = f" (BF16 products on this device: {bf16})" if compute_dtype == torch.bfloat16 else ""
     sends = degrees.expert * degrees.expert_tensor > 1
     return {
