@@ -204,7 +204,7 @@ def main() -> None:
     else:
         torch.set_num_threads(arguments.threads)
         print(
-            f"{arguments.threads} threads; BF16 products {'native' if capabilities.bf16 else 'emulated by the library'}"
+            f"{arguments.threads} threads; BF16 products {'native' if capabilities.bf16 else 'in FP32'}"
         )
         report_cpu(arguments.rounds)
         report_targets({}, capabilities.device_name)
