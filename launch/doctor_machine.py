@@ -34,7 +34,7 @@ def check_cpu(here: Surroundings) -> Iterator[Finding]:
     cores = usable_cores()
     flags = set(CPU_INFO.read_text().partition("flags")[2].partition("\n")[0].split()) if CPU_INFO.exists() else set()
     features = [name for flag, name in FEATURES.items() if flag in flags]
-    slow = "" if {"avx512_bf16", "amx_bf16"} & flags else "; without BF16 instructions, such products are computed in FP32"
+    slow = "" if {"avx512_bf16", "amx_bf16"} & flags else "; BF16 products are computed in FP32"
     threads, ranks = here.environ.get("OMP_NUM_THREADS", ""), here.environ.get("LOCAL_WORLD_SIZE", "1")
     if threads.isdigit() and ranks.isdigit() and int(threads) * int(ranks) > cores:
         share = max(1, cores // max(1, int(ranks)))
