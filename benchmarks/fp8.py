@@ -203,9 +203,7 @@ def main() -> None:
         report_gpu(torch.device("cuda", 0))
     else:
         torch.set_num_threads(arguments.threads)
-        print(
-            f"{arguments.threads} threads; BF16 products {'native' if capabilities.bf16 else 'in FP32'}"
-        )
+        print(f"{arguments.threads} threads; BF16 products {'native' if capabilities.bf16 else 'in FP32'}")
         report_cpu(arguments.rounds)
         report_targets({}, capabilities.device_name)
 
