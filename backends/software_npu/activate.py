@@ -73,6 +73,6 @@ def activate() -> None:
 
     torch.ops.load_library(str(folder / OPERATORS))
     torch.ops.octofold_software_npu.install()
-    from octofold.backends.software_npu.reference_ops import install
+    from octofold.backends.software_npu.reference_ops.install import install
 
     _libraries.append(install())
