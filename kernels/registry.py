@@ -19,30 +19,36 @@ from octofold.kernels.qtensor import Format, QTensor
 PROVIDERS: dict[str, dict[str, str]] = {
     "attention": {
         "cpu": "octofold.kernels.cpu_attention",
+        "npu": "octofold.kernels.npu.attention",
         "torch": "octofold.kernels.torch_attention",
         "reference": "octofold.kernels.reference.attention",
     },
     "grouped_mm": {
         "cpu": "octofold.kernels.cpu_grouped_mm",
+        "npu": "octofold.kernels.npu.grouped_mm",
         "torch": "octofold.kernels.torch_grouped_mm",
         "reference": "octofold.kernels.reference.grouped_mm",
     },
     "rms_norm": {
         "cpu": "octofold.kernels.cpu_rms_norm",
+        "npu": "octofold.kernels.npu.rms_norm",
         "torch": "octofold.kernels.torch_rms_norm",
         "reference": "octofold.kernels.reference.rms_norm",
     },
     "swiglu": {
+        "npu": "octofold.kernels.npu.swiglu",
         "torch": "octofold.kernels.torch_swiglu",
         "reference": "octofold.kernels.reference.swiglu",
     },
     "permute": {
         "triton": "octofold.kernels.triton_permute",
+        "npu": "octofold.kernels.npu.permute",
         "torch": "octofold.kernels.torch_permute",
         "reference": "octofold.kernels.reference.permute",
     },
     "unpermute": {
         "triton": "octofold.kernels.triton_permute",
+        "npu": "octofold.kernels.npu.permute",
         "torch": "octofold.kernels.torch_permute",
         "reference": "octofold.kernels.reference.permute",
     },

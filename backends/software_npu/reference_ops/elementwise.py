@@ -18,7 +18,7 @@ def rms_norm_backward(dy_TD: Tensor, x_TD: Tensor, gamma_D: Tensor, scale_T1: Te
     normed, dy = x_TD.float() * scale_T1, dy_TD.float()
     d_normed = dy * gamma_D.float()
     dx = scale_T1 * (d_normed - normed * (d_normed * normed).mean(-1, keepdim=True))
-    return dx.to(x_TD.dtype), (dy * normed).flatten(0, -2).sum(0)
+    return dx.to(x_TD.dtype), (dy * normed).reshape(-1, len(gamma_D)).sum(0)
 
 
 def swiglu(x: Tensor, dim: int = -1) -> Tensor:
