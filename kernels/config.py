@@ -10,6 +10,7 @@ class KernelsConfig:
     attention: str = "auto"
     grouped_mm: str = "auto"
     rms_norm: str = "auto"
+    rotary: str = "auto"
     swiglu: str = "auto"
     permute: str = "auto"
     unpermute: str = "auto"

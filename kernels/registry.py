@@ -35,6 +35,11 @@ PROVIDERS: dict[str, dict[str, str]] = {
         "torch": "octofold.kernels.torch_rms_norm",
         "reference": "octofold.kernels.reference.rms_norm",
     },
+    "rotary": {
+        "npu": "octofold.kernels.npu.rotary",
+        "torch": "octofold.kernels.torch_rotary",
+        "reference": "octofold.kernels.reference.rotary",
+    },
     "swiglu": {
         "npu": "octofold.kernels.npu.swiglu",
         "torch": "octofold.kernels.torch_swiglu",
@@ -115,6 +120,7 @@ class Kernels:
     attention: Callable[..., torch.Tensor]
     grouped_mm: Callable[..., torch.Tensor]
     rms_norm: Callable[..., torch.Tensor]
+    rotary: Callable[..., torch.Tensor]
     swiglu: Callable[..., torch.Tensor]
     permute: Callable[..., torch.Tensor]
     unpermute: Callable[..., torch.Tensor]

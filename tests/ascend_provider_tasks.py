@@ -43,6 +43,10 @@ def _attention_cases() -> Iterator[Case]:
 def _cases() -> Iterator[Case]:
     for shape in [(1, 7), (5, 33), (2, 3, 64), (16,)]:
         yield f"rms_norm {shape}", [torch.randn(shape), torch.randn(shape[-1])], {"eps": 1e-6}
+    for batch, length, heads, width in [(1, 1, 1, 2), (2, 5, 3, 6), (1, 3, 1, 64)]:
+        angles = torch.randn(batch, length, width // 2)
+        tables = {"cos_BSc": angles.cos(), "sin_BSc": angles.sin()}
+        yield f"rotary {batch, length, heads, width}", [torch.randn(batch, length, heads, width)], tables
     for shape in [(1, 2), (5, 66), (2, 3, 64)]:
         yield f"swiglu {shape}", [torch.randn(shape)], {}
     for counts in [[0, 3, 0, 5], [1], [0, 0], [7, 0]]:
@@ -76,6 +80,8 @@ def _roundings(case: Case, dtype: torch.dtype) -> list[float]:
     kept = [x.to(torch.float32 if name.startswith("unpermute") and i else dtype) for i, x in enumerate(operands)]
     there = [x.to("npu").requires_grad_() for x in kept]
     found = _outcome(_op(name.split()[0], "npu"), there, {key: _to_npu(value) for key, value in options.items()})
+    # What is rounded to the dtype by contract: tables of angles, and below the weights of experts.
+    options = {key: x.to(dtype) if key.endswith("_BSc") else x for key, x in options.items()}
     here = [x.double().requires_grad_() for x in kept]
     if name.startswith("unpermute"):
         here[1] = kept[1].to(dtype).double().requires_grad_()

@@ -10,7 +10,7 @@ from octofold.kernels.registry import PROVIDERS, Workload, choose
 
 ROUNDINGS = {"bfloat16": 4, "float32": 16}
 """As tests/test_kernels_providers.py: few chained roundings, and in FP32 an error that grows with the sums."""
-NPU_OPS = ["attention", "grouped_mm", "rms_norm", "swiglu", "permute", "unpermute"]
+NPU_OPS = ["attention", "grouped_mm", "rms_norm", "rotary", "swiglu", "permute", "unpermute"]
 
 
 def why_unsupported(op: str, workload: Workload) -> str | None:

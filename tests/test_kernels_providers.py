@@ -103,6 +103,26 @@ def test_rms_norm_of_zeros(provider):
     assert torch.allclose(gradient, torch.full_like(x, 1e3)), "1 / √eps"
 
 
+@pytest.mark.parametrize(("provider", "dtype"), cases("rotary"))
+@given(batch=st.integers(0, 3), length=st.integers(1, 9), heads=st.integers(1, 4), pairs=st.integers(1, 33), seed=seeds)
+def test_rotary(provider, dtype, batch, length, heads, pairs, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x_BSHr = normal(generator, dtype, batch, length, heads, 2 * pairs)
+    angles_BSc = torch.rand(batch, length, pairs, generator=generator, dtype=torch.float64) * 2 * torch.pi
+    # Rounded to the dtype of x, by contract: the reference in FP64 must take the same.
+    tables = {"cos_BSc": angles_BSc.cos().to(dtype).double(), "sin_BSc": angles_BSc.sin().to(dtype).double()}
+    assert_as_reference("rotary", provider, [x_BSHr], seed, **tables)
+
+
+def test_rotary_turns_interleaved_pairs_by_their_angles():
+    x_BSHr = torch.tensor([1.0, 0.0, 0.0, 2.0]).view(1, 1, 1, 4)
+    angles_BSc = torch.tensor([0.5, 1.0]).view(1, 1, 2)
+    turned = implementation("rotary", "reference")(x_BSHr, angles_BSc.cos(), angles_BSc.sin())
+    first = torch.cat([angles_BSc.cos()[..., :1], -2 * angles_BSc.sin()[..., 1:]], -1)
+    second = torch.cat([angles_BSc.sin()[..., :1], 2 * angles_BSc.cos()[..., 1:]], -1)
+    assert torch.allclose(turned.flatten(), torch.cat([first, second], -1).flatten())
+
+
 @pytest.mark.parametrize(("provider", "dtype"), cases("swiglu"))
 @given(rows=st.integers(0, 40), width=st.integers(1, 70), scale=st.sampled_from([1.0, 20.0]), seed=seeds)
 def test_swiglu(provider, dtype, rows, width, scale, seed):

@@ -16,7 +16,7 @@ from octofold.parallel.apply import local
 from octofold.parallel.sequence import WholeSequence
 from octofold.train.models.config import ModelConfig
 from octofold.train.models.layers import Linear, RMSNorm
-from octofold.train.models.rope import rotate, softmax_scale
+from octofold.train.models.rope import softmax_scale
 
 LATENT_NORM_EPS = 1e-6
 """The published models norm their latents with this, whatever `rms_norm_eps` says."""
@@ -100,7 +100,7 @@ class LatentAttention(nn.Module):
         q_BHQd = self._queries(x_BPD, rope)
         latent_BPl, k_BPr = self.kv_a_proj_with_mqa(x_BPD).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         own_rope = [self.sequence.own(table) for table in rope]
-        latent_BPl, k_BPr = self.kv_a_layernorm(latent_BPl), rotate(k_BPr[:, :, None], *own_rope)[:, :, 0]
+        latent_BPl, k_BPr = self.kv_a_layernorm(latent_BPl), self.kernels.rotary(k_BPr[:, :, None], *own_rope)[:, :, 0]
         new_BSw = self.sequence.everyone(torch.cat([latent_BPl, k_BPr], dim=-1))
         kept_BCw = None
         if cache is not None:
@@ -124,8 +124,9 @@ class LatentAttention(nn.Module):
         c = self.config
         q_BQHd = project(x_BQw).unflatten(-1, (-1, c.qk_head_dim))
         q_BQHn, q_BQHr = q_BQHd.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
+        turned_BQHr = self.kernels.rotary(q_BQHr, cos_BQc, sin_BQc)
         # Transposed before they are joined, which saves a copy: attention wants heads before positions.
-        return torch.cat([q_BQHn.transpose(1, 2), rotate(q_BQHr, cos_BQc, sin_BQc).transpose(1, 2)], dim=-1)
+        return torch.cat([q_BQHn.transpose(1, 2), turned_BQHr.transpose(1, 2)], dim=-1)
 
     def _key_value_heads(self, new_BSw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys [B, H, S, d] and values [B, H, S, v], expanded from latents and rotary keys."""

@@ -1,6 +1,6 @@
 """Rotary position embedding, with YaRN for contexts longer than those first trained on.
 
-B sequences, S positions, H heads, r rotary width, c = r/2 pairs.
+B sequences, S positions, r rotary width, c = r/2 pairs.
 """
 
 import math
@@ -61,18 +61,3 @@ def rope_tables(
     angles = positions_BS[..., None] * frequencies_c
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     return (angles.cos() * grown).to(exact), (angles.sin() * grown).to(exact)
-
-
-def rotate(x_BSHr: torch.Tensor, cos_BSc: torch.Tensor, sin_BSc: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (x₀,x₁), (x₂,x₃), … by their angles.
-
-    The weights of DeepSeek models store pairs interleaved. The result holds all first members, then all second ones;
-    queries and keys are reordered alike, so their products do not change.
-
-    Args:
-        x_BSHr: queries or keys, r even.
-        cos_BSc, sin_BSc: from `rope_tables`.
-    """
-    cos, sin = cos_BSc[:, :, None].to(x_BSHr.dtype), sin_BSc[:, :, None].to(x_BSHr.dtype)
-    first, second = x_BSHr[..., 0::2], x_BSHr[..., 1::2]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
