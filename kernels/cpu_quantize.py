@@ -7,12 +7,10 @@ views: the products of kernels/cpu_scaled_mm.py read those as well.
 import torch
 import torch.nn.functional as F
 
+from octofold.kernels.fp8_bits import encode_scale, powers_of_two
 from octofold.kernels.qtensor import E8M0, Format, QTensor
 from octofold.kernels.reference.quantize import GROUP_UNIT, scales_of
 from octofold.kernels.registry import Workload
-
-LEAST_SCALE_BITS = 0x00800000
-"""Of `qtensor.LEAST_SCALE`, as FP32."""
 
 
 def why_unsupported(workload: Workload) -> str | None:
@@ -32,14 +30,14 @@ def quantize(x: torch.Tensor, format: Format, *, transpose: bool = False, scale:
     if scale is not None:
         scale_rc = torch.where(torch.isfinite(amax), scale.expand_as(amax), torch.nan)
     elif format.scale_dtype == E8M0:
-        scale_rc = _powers_of_two(amax, format)
+        scale_rc = powers_of_two(amax, format)
     else:
         scale_rc = scales_of(amax, format)
     data = _divided(tiles, scale_rc[..., :, None, :, None], format, saturate=scale is not None)
     data = data.to(format.dtype).flatten(-2).flatten(-3, -2)
     if any(fill):
         data = data[..., :rows, :columns]
-    kept = _exponents(scale_rc) if format.scale_dtype == E8M0 else scale_rc
+    kept = encode_scale(scale_rc) if format.scale_dtype == E8M0 else scale_rc
     quantized = QTensor(data, kept, format)
     return quantized.t() if transpose else quantized
 
@@ -85,19 +83,3 @@ def _divided(tiles: torch.Tensor, scale: torch.Tensor, format: Format, *, satura
         scaled = tiles * (1 / scale).to(tiles.dtype)
         return scaled.clamp_(-format.largest, format.largest) if saturate else scaled
     return (tiles.float() / scale).clamp_(-format.largest, format.largest)
-
-
-def _powers_of_two(amax: torch.Tensor, format: Format) -> torch.Tensor:
-    """`scales_of` for such formats, by the bits of FP32: any bit of a mantissa carries into the exponent."""
-    quotient = amax.clamp(min=format.least_amax) / format.largest
-    bits = quotient.view(torch.int32) + 0x7FFFFF
-    bits &= 0x7F800000
-    scale = bits.clamp_(min=LEAST_SCALE_BITS).view(torch.float32)
-    return scale.masked_fill_(quotient == 0, 1.0).masked_fill_(~torch.isfinite(amax), torch.nan)
-
-
-def _exponents(scale: torch.Tensor) -> torch.Tensor:
-    """FP32 powers of two as e8m0: the exponent's bits (torch's own cast is slow)."""
-    bits = scale.view(torch.int32) >> 23
-    bits &= 0xFF
-    return bits.to(torch.uint8).view(E8M0)

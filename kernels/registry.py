@@ -60,36 +60,43 @@ PROVIDERS: dict[str, dict[str, str]] = {
     "quantize": {
         "cpu": "octofold.kernels.cpu_quantize",
         "triton": "octofold.kernels.triton_quantize",
+        "bytes": "octofold.kernels.bytes_quantize",
         "reference": "octofold.kernels.reference.quantize",
     },
     "quantize_groups": {
         "cpu": "octofold.kernels.cpu_quantize",
         "triton": "octofold.kernels.triton_quantize",
+        "bytes": "octofold.kernels.bytes_quantize",
         "reference": "octofold.kernels.reference.quantize",
     },
     "swiglu_quantize": {
         "cpu": "octofold.kernels.cpu_quantize",
         "triton": "octofold.kernels.triton_quantize",
+        "bytes": "octofold.kernels.bytes_quantize",
         "reference": "octofold.kernels.reference.quantize",
     },
     "dequantize": {
         "cpu": "octofold.kernels.cpu_scaled_mm",
+        "bytes": "octofold.kernels.bytes_scaled_mm",
         "reference": "octofold.kernels.reference.scaled_mm",
     },
     "scaled_mm": {
         "triton": "octofold.kernels.triton_scaled_mm",
         "cpu": "octofold.kernels.cpu_scaled_mm",
         "torch": "octofold.kernels.torch_scaled_mm",
+        "bytes": "octofold.kernels.bytes_scaled_mm",
         "reference": "octofold.kernels.reference.scaled_mm",
     },
     "scaled_grouped_mm": {
         "triton": "octofold.kernels.triton_scaled_mm",
         "cpu": "octofold.kernels.cpu_scaled_mm",
+        "bytes": "octofold.kernels.bytes_scaled_mm",
         "reference": "octofold.kernels.reference.scaled_mm",
     },
     "scaled_grouped_inner_mm": {
         "triton": "octofold.kernels.triton_scaled_mm",
         "cpu": "octofold.kernels.cpu_scaled_mm",
+        "bytes": "octofold.kernels.bytes_scaled_mm",
         "reference": "octofold.kernels.reference.scaled_mm",
     },
 }

@@ -70,7 +70,12 @@ def test_fp8_on_a_chip_without_it_stops_with_the_ways_out(soc_name, recipe, tmp_
         drafted(soc_name, tmp_path, name=recipe)
     message = str(caught.value)
     assert f"({soc_name}) has no arithmetic in FP8 but in BF16, INT8" in message
-    for way_out in ("precision.arithmetic=storage", "precision.arithmetic=emulate", "precision=bf16"):
+    for way_out in (
+        "precision.arithmetic=storage",
+        "precision.arithmetic=emulate",
+        "precision=bf16",
+        "precision.dispatch=fp8",
+    ):
         assert way_out in message
 
 

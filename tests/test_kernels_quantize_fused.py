@@ -21,7 +21,7 @@ SWIGLU_ROUNDINGS = 8
 """The exponential's error, and a rounding each for the sum, the quotient and two products."""
 SWIGLU_TINY = 1e-36
 """Where silu underflows, what is left of it may be off by this times |up|."""
-TO_THE_BIT = ["cpu", "reference"]
+TO_THE_BIT = ["cpu", "bytes", "reference"]
 """Providers that compute the SwiGLU as torch does."""
 GROUPS = {
     "uneven": [5, 0, 130, 1, 128, 0],

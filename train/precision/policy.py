@@ -91,7 +91,7 @@ def require_arithmetic(precision: PrecisionConfig, capabilities: Capabilities) -
     remedy = (
         "precision.arithmetic=storage multiplies in BF16 and keeps and sends FP8, "
         "precision.arithmetic=emulate computes what FP8 hardware would (for numerics and tests; slower than BF16), "
-        "precision=bf16 does without"
+        "precision=bf16 does without (with precision.dispatch=fp8, tokens still travel to experts in FP8)"
     )
     raise ConfigError("precision.arithmetic", shown, rule, remedy)
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from octofold.kernels.fp8 import TENSOR_KINDS, Fp8State
+from octofold.kernels.fp8_bits import decode, decode_scale
 from octofold.kernels.qtensor import LEAST_SCALE, QTensor, spread
 
 SAMPLED_ROWS = 256
@@ -99,7 +100,7 @@ class _ModuleWatch:
         if not x.numel():
             return
         row = TENSOR_KINDS.index(kind)
-        scale = quantized.scale.to(torch.float32)
+        scale = decode_scale(quantized.scale)
         self._sums_KS[row] += _sums(x, quantized, scale)
         torch.maximum(self._maxima_KX[row], _maxima(x, quantized, scale), out=self._maxima_KX[row])
 
@@ -122,7 +123,7 @@ def _sums(x: torch.Tensor, quantized: QTensor, scale: torch.Tensor) -> torch.Ten
     step = min(rows, -(-x.shape[:-1].numel() // SAMPLED_ROWS))
     # From the middle of each strip: a first row may be special (the first token of a sequence draws attention).
     first = step // 2
-    exact, data = x[..., first::step, :].float(), quantized.data[..., first::step, :].float()
+    exact, data = x[..., first::step, :].float(), decode(quantized.data[..., first::step, :])
     sampled_scale = scale
     if scale.shape[-2] > 1:
         sampled_scale = scale[..., torch.arange(first, rows, step, device=x.device) // format.tile[0], :]
