@@ -40,10 +40,14 @@ def check(backend: BackendConfig, world_size: int) -> None:
     if backend.software and backend.name != "ascend":
         shown, rule = f"backend.software=true backend.name={backend.name}", "only an Ascend NPU has a software twin"
         raise ConfigError("backend.software", shown, rule, "backend=ascend, or backend.software=false")
-    if backend.all_reduce not in ALL_REDUCES:
-        raise unknown_name_error("backend.all_reduce", backend.all_reduce, ALL_REDUCES)
     for name in ("peak_tflops_bf16", "peak_tflops_fp8"):
         check_finite(f"backend.{name}", getattr(backend, name), least=0.0)
+    _check_nodes(backend, world_size)
+
+
+def _check_nodes(backend: BackendConfig, world_size: int) -> None:
+    if backend.all_reduce not in ALL_REDUCES:
+        raise unknown_name_error("backend.all_reduce", backend.all_reduce, ALL_REDUCES)
     for name in ("ranks_per_node", "ranks_per_supernode"):
         _check_divides(f"backend.{name}", getattr(backend, name), world_size)
     per_node, per_supernode = backend.ranks_per_node, backend.ranks_per_supernode

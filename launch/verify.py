@@ -51,6 +51,10 @@ def check(verify: VerifyConfig) -> None:
         raise ConfigError("verify.bar", verify.bar, "a relative error between 0 and 1", "verify.bar=0.0025")
     if verify.seeds < 1:
         raise ConfigError("verify.seeds", verify.seeds, "at least one seed", "verify.seeds=1")
+    _check_layout(verify)
+
+
+def _check_layout(verify: VerifyConfig) -> None:
     if verify.ranks < 2:
         raise ConfigError("verify.ranks", verify.ranks, "a layout spans at least two ranks", "verify.ranks=8")
     if verify.precision not in LAYOUT_PRECISIONS:

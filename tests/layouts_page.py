@@ -8,17 +8,11 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
-import torch
 from layout_cases import DEFAULT, FULL, Case
+from layout_refusals import ON_RANKS, REFUSED, VERIFY_REFUSED, refusal
 
-from octofold.backends.errors import ConfigError
-from octofold.backends.topology import Topology
-from octofold.launch.compose import apply, compose, parse
-from octofold.launch.config import JobConfig
 from octofold.launch.verify import VerifyConfig
 from octofold.parallel.config import DENSE_DEGREES, ParallelConfig
-from octofold.train.build import draft_model
-from octofold.train.config import validate
 from octofold.train.layout.prove import FP8_BAR, FP8_GROUP_BAR, TOLERANCE
 from octofold.train.layout.twin import smallest_world
 
@@ -26,37 +20,6 @@ PAGE = Path(__file__).parents[1] / "docs" / "layouts.md"
 DEGREES = (*DENSE_DEGREES, "expert", "expert_tensor")
 EXAMPLE = {"pipeline": 1, "data_shard": 2, "context": 2, "tensor": 2, "expert": 4}
 """Whose ranks are drawn."""
-REFUSED = [
-    "parallel.tensor=0",
-    "parallel.data_shard=3 launch.nproc_per_node=4",
-    "parallel.expert=3 launch.nproc_per_node=4",
-    "parallel.expert=3 train.global_batch_size=6",
-    "parallel.tensor=8",
-    "parallel.context=2 data.sequence_length=30",
-    "parallel.data_shard=3 train.global_batch_size=8",
-    "parallel.expert=2 parallel.expert_route=rings",
-    "parallel.expert=2 parallel.expert_route=two_stage parallel.expert_capacity=1.25",
-    "parallel.expert=2 parallel.expert_tensor=2 parallel.expert_route=deepep",
-    "parallel.expert=2 parallel.expert_route=deepep precision=fp64",
-    "parallel.expert=2 parallel.expert_route=deepep precision=fp8_block precision.block=64",
-    "parallel.recompute=some",
-    "parallel.compile=true parallel.recompute=selective",
-    "parallel.data_shard=2 parallel.placement_every=100",
-    "parallel.data_shard=2 parallel.reduce_dtype=bf16",
-    "parallel.data_shard=2 parallel.reduce_dtype=bf16 precision=fp64",
-    "parallel.pipeline=8",
-    "parallel.pipeline=2 parallel.pipeline_schedule=wave",
-    "parallel.pipeline=2 parallel.pipeline_stages=2",
-    "parallel.pipeline=2 parallel.pipeline_split=[1,1]",
-    "parallel.pipeline_split=[1,3]",
-    "parallel.pipeline=2 parallel.pipeline_schedule=dualpipev train.global_batch_size=2",
-    "parallel.pipeline=2 parallel.accumulate=reduced",
-    "parallel.tensor=2 precision=fp8_block",
-    "parallel.tensor=2 precision=fp8_tensor_current",
-]
-"""Overrides of the tiny DeepSeek-V3, each of which breaks a rule of its own."""
-
-
 CASES = list(dict.fromkeys([*DEFAULT, *FULL]))
 TEMPLATE = """\
 # Layouts
@@ -123,10 +86,19 @@ FP8 in emulation: the error of the gradients against FP64 is at most @fp8 times 
 
 ## What is refused
 
-Before any process starts or, where it depends on modules or the device, before anything is allocated. Of the tiny
-DeepSeek-V3:
+Before any process starts, or for FP8 blocks that ranks would cut, which depends on modules, before anything is
+allocated. Every rule of the code has a line here: `tests/test_layouts_page.py` finds the rules, and the lines are what
+they say of the tiny DeepSeek-V3:
 
 @refused
+
+The same of `octofold verify layout` and `verify resume`:
+
+@verify
+
+Found on the ranks, before anything is allocated, since it takes what only they have:
+
+@ranks_find
 
 ## Proving a layout of your own
 
@@ -158,27 +130,6 @@ against FP64 to @fp8 times that on one rank.
 
 
 @cache
-def _composed(*groups: str) -> JobConfig:
-    return compose(["model=deepseek_v3_tiny", "train.micro_batch_size=1", *groups])
-
-
-@cache
-def refusal(text: str) -> ConfigError | None:
-    """What a user is told of these overrides, on the smallest world where they name none."""
-    texts = text.split()
-    job = _composed(*(t for t in texts if "." not in t.split("=")[0]))
-    job = apply(job, parse([t for t in texts if "." in t.split("=")[0]]))
-    ranks = job.launch.nproc_per_node if job.launch.nproc_per_node > 1 else max(1, smallest_world(job.parallel))
-    try:
-        checked = validate(job, ranks)
-        if checked.precision.is_fp8:
-            draft_model(checked, torch.device("cpu"), 320, topology=Topology(ranks, ranks))
-    except ConfigError as error:
-        return error
-    return None
-
-
-@cache
 def page() -> str:
     """The whole page."""
     text = TEMPLATE
@@ -187,7 +138,9 @@ def page() -> str:
         "@picture": _picture(ParallelConfig(**EXAMPLE)),
         "@pairs": _pairs(),
         "@several": _several(),
-        "@refused": _refusals(),
+        "@refused": _refusals(REFUSED),
+        "@verify": _refusals(VERIFY_REFUSED),
+        "@ranks_find": [f"- {text}" for text in ON_RANKS.values()],
         "@fp64": [f"{TOLERANCE['fp64']:.0e}"],
         "@fp32": [f"{TOLERANCE['fp32']:.0e}"],
         "@fp8": [f"{FP8_BAR}"],
@@ -255,9 +208,9 @@ def _cell(first: str, second: str) -> str:
     return "refused" if refusal(" ".join(f"parallel.{name}=2" for name in sorted(wanted))) else "not proved"
 
 
-def _refusals() -> list[str]:
+def _refusals(texts: list[str]) -> list[str]:
     lines = ["| overrides | refused | rule | remedy |", "|---|---|---|---|"]
-    for text in REFUSED:
+    for text in texts:
         error = refusal(text)
         assert error is not None, f"{text} is not refused"
         cells = [f"`{text}`", f"`{str(error).splitlines()[0]}`", error.rule, error.remedy]

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from octofold.backends.errors import ConfigError
 from octofold.launch.cli import main
 from octofold.launch.compose import compose
 from octofold.launch.run_folder import read_config
@@ -140,17 +141,29 @@ def test_the_smallest_world_of_some_degrees(degrees, ranks):
         ({"data_shard": 8, "expert": 8}, 8, {"data_shard": 8, "expert": 8}),
         ({"data_shard": 64, "expert": 32, "tensor": 2}, 8, {"data_shard": 4, "expert": 4, "tensor": 2}),
         ({"data_shard": 16, "expert": 8}, 8, {"data_shard": 8, "expert": 4}),
-        ({"data_shard": 9, "expert": 3}, 6, {"data_shard": 9, "expert": 3}),
-        ({"data_shard": 4, "expert": 2}, 2, {"data_shard": 4, "expert": 2}),
-        ({"pipeline": 2, "data_shard": 8, "expert": 4}, 4, {"pipeline": 2, "data_shard": 4, "expert": 2}),
+        ({"pipeline": 2, "data_shard": 8, "expert": 4}, 8, {"pipeline": 2, "data_shard": 4, "expert": 2}),
         ({"data_shard": 16, "expert": 4, "expert_tensor": 4}, 8, {"data_shard": 8, "expert": 2, "expert_tensor": 4}),
         ({"data_shard": 16, "tensor": 8, "context": 4}, 8, {"data_shard": 2, "tensor": 2, "context": 2}),
-        ({"data_replicate": 2, "data_shard": 2, "tensor": 2, "context": 2}, 8, None),
+        ({"data_replicate": 2, "data_shard": 2, "tensor": 2, "context": 2}, 16, None),
     ],
 )
 def test_degrees_shrink_and_none_vanishes(degrees, most, expected):
     asked = ParallelConfig(**degrees)
     assert shrunk(asked, most) == (ParallelConfig(**expected) if expected else asked)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "most", "needed"),
+    [
+        ({"data_replicate": 2, "data_shard": 2, "tensor": 2, "context": 4}, 8, 16),
+        ({"data_shard": 9, "expert": 3}, 6, 9),
+        ({"data_shard": 4, "expert": 2}, 2, 4),
+        ({"pipeline": 2, "data_shard": 8, "expert": 4}, 4, 8),
+    ],
+)
+def test_more_ranks_than_allowed_are_refused_by_their_number(degrees, most, needed):
+    with pytest.raises(ConfigError, match=f"verify.ranks={most}(?s:.)*remedy: verify.ranks={needed}, or fewer degrees"):
+        shrunk(ParallelConfig(**degrees), most)
 
 
 @pytest.mark.parametrize(

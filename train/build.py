@@ -25,7 +25,7 @@ from octofold.train.config import OptimConfig, RunConfig, TrainConfig
 from octofold.train.engines.native import NativeEngine
 from octofold.train.flops import Utilisation, flops_a_token, known_peaks
 from octofold.train.memory import MemoryNeed, ParameterCount, count_parameters, memory_need, require_memory
-from octofold.train.models.config import ModelConfig
+from octofold.train.models.config import VOCABULARY_MULTIPLE, ModelConfig
 from octofold.train.models.decoder import Decoder
 from octofold.train.models.init import initialise
 from octofold.train.models.registry import load_architecture
@@ -48,7 +48,6 @@ from octofold.train.precision.watch import Watch
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "fp64": torch.float64, **dict.fromkeys(["bf16", *FP8], torch.bfloat16)}
 """By precision: what weights are gathered in, and all that is not in FP8 is computed in."""
-VOCABULARY_MULTIPLE = 64
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from octofold.parallel.config import DEEPEP_TILE, ParallelConfig, resolve
 from octofold.parallel.pipeline_split import check_pipeline
 from octofold.train.data.config import DataConfig
 from octofold.train.data.config import check as check_data
-from octofold.train.models.config import ModelConfig
+from octofold.train.models.config import VOCABULARY_MULTIPLE, ModelConfig
 from octofold.train.models.config import check as check_model
 from octofold.train.precision.config import PrecisionConfig, dispatch_tile
 from octofold.train.precision.config import check as check_precision
@@ -292,6 +292,12 @@ def _check_experts(config: RunConfig) -> None:
         legal = [d for d in range(1, experts + 1) if experts % d == 0]
         shown = f"model.n_routed_experts={experts} parallel.expert={degree}"
         raise ConfigError("parallel.expert", shown, "every rank holds the same number of experts", f"one of {legal}")
+    width, slices = config.model.moe_intermediate_size, config.parallel.expert_tensor
+    if width % slices:
+        legal = [d for d in range(1, width + 1) if width % d == 0]
+        shown = f"model.moe_intermediate_size={width} parallel.expert_tensor={slices}"
+        rule = "every rank holds as much of each expert's width"
+        raise ConfigError("parallel.expert_tensor", shown, rule, f"one of {legal[:12]}")
     if config.parallel.expert_route == "deepep":
         _check_deepep(config.model, config.precision)
 
@@ -314,19 +320,24 @@ def _check_deepep(model: ModelConfig, precision: PrecisionConfig) -> None:
 
 
 def _check_tensor(config: RunConfig) -> None:
-    """What tensor and context ranks divide. The vocabulary may come from the data: it is checked when it is split."""
+    """What tensor and context ranks divide."""
     model, tensor, context = config.model, config.parallel.tensor, config.parallel.context
     shared = model.n_shared_experts * model.moe_intermediate_size
     sizes = {
         "model.num_attention_heads": model.num_attention_heads,
         "model.intermediate_size": model.intermediate_size,
         "model.n_shared_experts x model.moe_intermediate_size": shared,
+        "model.vocab_size": model.vocab_size,
     }
     for name, size in sizes.items():
         if size % tensor:
             legal = [d for d in range(1, size + 1) if size % d == 0]
             shown = f"{name}={size} parallel.tensor={tensor}"
             raise ConfigError("parallel.tensor", shown, "tensor ranks divide it evenly", f"one of {legal[:12]}")
+    if not model.vocab_size and VOCABULARY_MULTIPLE % tensor:
+        shown = f"model.vocab_size=0 parallel.tensor={tensor}"
+        rule = f"the tokenizer's size is rounded up to a multiple of {VOCABULARY_MULTIPLE}, which tensor ranks divide"
+        raise ConfigError("parallel.tensor", shown, rule, f"model.vocab_size=a multiple of {tensor} that holds it")
     # Each context rank holds one part of the front half and one of the back half.
     pieces = tensor * context * (2 if context > 1 else 1)
     if config.data.sequence_length % pieces:

@@ -18,12 +18,14 @@ from octofold.parallel.config import DENSE_DEGREES, ParallelConfig
 from octofold.parallel.pipeline_split import stages_a_rank
 from octofold.train.config import OptimConfig, RunConfig, TrainConfig
 from octofold.train.data.config import DataConfig
-from octofold.train.models.config import ModelConfig
+from octofold.train.models.config import VOCABULARY_MULTIPLE, ModelConfig
 from octofold.train.precision.config import PrecisionConfig
 
 TINY_HIDDEN, TINY_LAYERS, TINY_EXPERTS = 128, 8, 64
 """A model within all of these stays as it is."""
 SEQUENCE = 64
+ENTRIES = 320
+"""Of the vocabulary: bytes and what stands for no byte, rounded up."""
 DOCUMENTS = 240
 
 
@@ -45,7 +47,7 @@ def shrunk(parallel: ParallelConfig, most: int) -> ParallelConfig:
     That holds for the copies of each expert, too (`expert_data`), whose gradients are summed.
 
     Raises:
-        ConfigError: no split of the experts would be left.
+        ConfigError: so few ranks cannot hold the degrees, or no split of the experts would be left.
     """
     asked, world = parallel.pipeline, prod(d for _, d in _degrees(parallel))
     copies = _span(parallel) // (parallel.expert * parallel.expert_tensor)
@@ -61,6 +63,10 @@ def shrunk(parallel: ParallelConfig, most: int) -> ParallelConfig:
         # The largest degree is the one whose half leaves the smallest of the largest degrees.
         parallel = min(halved, key=lambda candidate: sorted((d for _, d in _degrees(candidate)), reverse=True))
         world = prod(d for _, d in _degrees(parallel))
+    if world > most:
+        left = " ".join(f"{name}={degree}" for name, degree in _degrees(parallel) if degree > 1)
+        rule = f"the degrees shrink to {left}, which take {world} ranks: none that is above 1 becomes 1"
+        raise ConfigError("verify.ranks", most, rule, f"verify.ranks={world}, or fewer degrees above 1")
     span = _span(parallel)
     room = span // copied if span % copied == 0 else span
     expert_tensor = gcd(parallel.expert_tensor, room // min(parallel.expert, 2))
@@ -142,7 +148,8 @@ def small_model(model: ModelConfig, parallel: ParallelConfig) -> ModelConfig:
     balance = model.balance
     if balance.bias_update_rate:
         model = replace(model, balance=replace(balance, bias_update_rate=max(balance.bias_update_rate, 0.02)))
-    model = replace(model, vocab_size=0)
+    divided = VOCABULARY_MULTIPLE % parallel.tensor == 0
+    model = replace(model, vocab_size=0 if divided else lcm(ENTRIES, parallel.tensor))
     if is_tiny(model):
         return model
     tensor, chosen = parallel.tensor, min(model.num_experts_per_tok, 8)

@@ -11,6 +11,8 @@ from octofold.backends.errors import ConfigError, check_finite, unknown_name_err
 CHOICES = {"softmax": ["greedy", "group_limited_greedy"], "sigmoid": ["noaux_tc"]}
 """How experts may be chosen, by scoring function: DeepSeek-V2 and V2-Lite; DeepSeek-V3."""
 ROPE_TYPES = ["default", "yarn"]
+VOCABULARY_MULTIPLE = 64
+"""What a vocabulary that comes from the tokenizer is rounded up to."""
 
 
 @dataclass(frozen=True)
