@@ -23,22 +23,24 @@ def _check(operator: str, layout: str, sparse_mode: int, mask: Tensor | None, ot
         raise unknown(operator, "atten_mask that is not the 2048 x 2048 upper triangle")
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, query_ends: Sequence[int], key_ends: Sequence[int]) -> Tensor:
-    """[H, T, T] in FP32 or wider, -inf where a query may not look: the last of a document sees its last key."""
+def _documents(query_ends: Sequence[int], key_ends: Sequence[int]) -> list[tuple[slice, slice]]:
+    """Queries and keys of each document that has queries."""
+    starts = zip([0, *query_ends[:-1]], [0, *key_ends[:-1]], strict=True)
+    ends = zip(query_ends, key_ends, strict=True)
+    spans = [(slice(q, q_end), slice(k, k_end)) for (q, k), (q_end, k_end) in zip(starts, ends, strict=True)]
+    return [(rows, columns) for rows, columns in spans if rows.start < rows.stop]
+
+
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """[H, queries, keys] in FP32 or wider, -inf where a query may not look: the last one sees the last key."""
     exact = torch.promote_types(q.dtype, torch.float32)
     scores = scale * q.to(exact).transpose(0, 1) @ k.to(exact).permute(1, 2, 0)
-    hidden = torch.ones(len(q), len(k), dtype=torch.bool)
-    starts = zip([0, *query_ends], [0, *key_ends], strict=True)
-    for (query, key), query_end, key_end in zip(starts, query_ends, key_ends, strict=False):
-        rows, columns = query_end - query, key_end - key
-        hidden[query:query_end, key:key_end] = torch.ones(rows, columns, dtype=torch.bool).triu(columns - rows + 1)
+    hidden = torch.ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1)
     return scores.masked_fill(hidden, float("-inf"))
 
 
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, query_ends: Sequence[int], key_ends: Sequence[int]
-) -> Tensor:
-    weights = _scores(q, k, scale, query_ends, key_ends).softmax(-1)
+def _document(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    weights = _scores(q, k, scale).softmax(-1)
     return (weights @ v.to(weights.dtype).transpose(0, 1)).transpose(0, 1).to(q.dtype)
 
 
@@ -69,13 +71,16 @@ def fusion_attention(
     """
     others |= {"pse": pse, "padding_mask": padding_mask, "prefix": prefix}
     _check("npu_fusion_attention", input_layout, sparse_mode, atten_mask, others | {"keep_prob": keep_prob})
-    ends = list(actual_seq_qlen or []), list(actual_seq_kvlen or [])
-    result = _attention(query_THd, key_THd, value_THv, scale, *ends)
-    scores = _scores(query_THd, key_THd, scale, *ends)
-    peak = scores.amax(-1)
-    total = (scores - peak[..., None]).exp().sum(-1)
-    kept = [x.t()[..., None].repeat(1, 1, COPIES).float() for x in (peak, total)]
-    return result, *kept, query_THd.new_empty(0), 0, 0, 0
+    result = query_THd.new_zeros(*query_THd.shape[:2], value_THv.shape[-1])
+    kept = torch.zeros(2, *query_THd.shape[:2], COPIES)
+    for rows, columns in _documents(actual_seq_qlen or [], actual_seq_kvlen or []):
+        q, k = query_THd[rows], key_THd[columns]
+        result[rows] = _document(q, k, value_THv[columns], scale)
+        scores = _scores(q, k, scale)
+        peak = scores.amax(-1, keepdim=True)
+        kept[0, rows] = peak.transpose(0, 1).float()
+        kept[1, rows] = (scores - peak).exp().sum(-1, keepdim=True).transpose(0, 1).float()
+    return result, kept[0], kept[1], query_THd.new_empty(0), 0, 0, 0
 
 
 def fusion_attention_grad(
@@ -99,8 +104,15 @@ def fusion_attention_grad(
 ) -> tuple[Tensor, ...]:
     """Gradients of query, key and value; those of position encoding and sink are empty."""
     _check("npu_fusion_attention_grad", input_layout, sparse_mode, atten_mask, others)
-    ends = list(actual_seq_qlen or []), list(actual_seq_kvlen or [])
-    found = gradients(lambda q, k, v: _attention(q, k, v, scale_value, *ends), [query_THd, key_THd, value_THv], dy_THv)
+    given = [query_THd, key_THd, value_THv]
+    found = [torch.zeros_like(x) for x in given]
+    for rows, columns in _documents(actual_seq_qlen or [], actual_seq_kvlen or []):
+        spans = [rows, columns, columns]
+        parts = [x[span] for x, span in zip(given, spans, strict=True)]
+        for into, span, gradient in zip(
+            found, spans, gradients(lambda q, k, v: _document(q, k, v, scale_value), parts, dy_THv[rows]), strict=True
+        ):
+            into[span] = gradient
     return *found, query_THd.new_empty(0), query_THd.new_empty(0)
 
 
