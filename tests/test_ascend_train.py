@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -14,6 +15,7 @@ pytestmark = pytest.mark.ascend
 MODEL = ["experiment=quickstart", "model=tiny", "model.num_hidden_layers=2", "precision.block=16"]
 BATCH = ["data.sequence_length=32", "train.steps=4", "train.log_every=1", "optim.warmup_steps=1", "backend.threads=1"]
 NO_MORE = ["train.eval_every=0", "train.final_eval_sequences=4", "train.sample_tokens=0"]
+NPU_OPS = ["attention", "grouped_mm", "rms_norm", "rotary", "swiglu", "permute", "unpermute"]
 LAYOUTS = {
     "one rank": ["launch.nproc_per_node=1", "parallel.expert=1"],
     "expert": ["launch.nproc_per_node=2", "parallel.expert=2"],
@@ -38,6 +40,9 @@ def losses(folder: Path, *overrides: str, **settings: str) -> list[float]:
     environment = {**os.environ, **{f"SOFTWARE_NPU_{key}": value for key, value in settings.items()}}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr
+    if "backend=ascend" in overrides:
+        # The start-up table: operators of torch_npu were chosen.
+        assert set(re.findall(rf"\b({'|'.join(NPU_OPS)}) +npu\b", done.stdout)) == set(NPU_OPS), done.stdout
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line["loss"] for line in lines if line["kind"] == "train"]
 
