@@ -20,6 +20,7 @@ LAYOUTS = {
     "one rank": ["launch.nproc_per_node=1", "parallel.expert=1"],
     "expert": ["launch.nproc_per_node=2", "parallel.expert=2"],
     "fsdp": ["launch.nproc_per_node=2", "parallel.expert=1"],
+    "context": ["launch.nproc_per_node=2", "parallel.expert=1", "parallel.context=2"],
 }
 
 
