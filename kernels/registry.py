@@ -58,18 +58,21 @@ PROVIDERS: dict[str, dict[str, str]] = {
         "reference": "octofold.kernels.reference.permute",
     },
     "quantize": {
+        "npu": "octofold.kernels.npu.quantize",
         "cpu": "octofold.kernels.cpu_quantize",
         "triton": "octofold.kernels.triton_quantize",
         "bytes": "octofold.kernels.bytes_quantize",
         "reference": "octofold.kernels.reference.quantize",
     },
     "quantize_groups": {
+        "npu": "octofold.kernels.npu.quantize",
         "cpu": "octofold.kernels.cpu_quantize",
         "triton": "octofold.kernels.triton_quantize",
         "bytes": "octofold.kernels.bytes_quantize",
         "reference": "octofold.kernels.reference.quantize",
     },
     "swiglu_quantize": {
+        "npu": "octofold.kernels.npu.quantize",
         "cpu": "octofold.kernels.cpu_quantize",
         "triton": "octofold.kernels.triton_quantize",
         "bytes": "octofold.kernels.bytes_quantize",
@@ -81,6 +84,7 @@ PROVIDERS: dict[str, dict[str, str]] = {
         "reference": "octofold.kernels.reference.scaled_mm",
     },
     "scaled_mm": {
+        "npu": "octofold.kernels.npu.scaled_mm",
         "triton": "octofold.kernels.triton_scaled_mm",
         "cpu": "octofold.kernels.cpu_scaled_mm",
         "torch": "octofold.kernels.torch_scaled_mm",
@@ -88,6 +92,7 @@ PROVIDERS: dict[str, dict[str, str]] = {
         "reference": "octofold.kernels.reference.scaled_mm",
     },
     "scaled_grouped_mm": {
+        "npu": "octofold.kernels.npu.scaled_mm",
         "triton": "octofold.kernels.triton_scaled_mm",
         "cpu": "octofold.kernels.cpu_scaled_mm",
         "bytes": "octofold.kernels.bytes_scaled_mm",

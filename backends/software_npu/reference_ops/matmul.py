@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octofold.backends.software_npu.reference_ops import quantized
 from octofold.backends.software_npu.reference_ops.support import Kernels, unknown
 
 
@@ -23,7 +24,12 @@ def grouped_matmul(
 
     `group_list`: ends of the groups, or with `group_list_type` 1 their sizes.
     """
-    given = {name: value for name, value in others.items() if value not in (None, 0, [])}
+    codes = [others.pop(name, None) for name in ("scale_dtype", "per_token_scale_dtype")]
+    scales = {name: others.pop(name) for name in ("scale", "per_token_scale") if others.get(name)}
+    if len(scales) == 2 and codes == [quantized.E8M0, quantized.E8M0] and (group_type, group_list_type) == (0, 0):
+        out = {"output_dtype": others.pop("output_dtype", None)}
+        return quantized.quantized_rows(x, weight, ends=group_list.tolist(), **scales, **out)
+    given = {name: value for name, value in {**others, **scales}.items() if value not in (None, 0, [])}
     if given or len(x) != 1 or len(weight) != 1 or split_item not in (2, 3) or group_type not in (0, 2):
         raise unknown("npu_grouped_matmul", f"split_item={split_item} group_type={group_type} {sorted(given)}")
     (rows,), (matrix,) = x, weight
