@@ -24,6 +24,18 @@ def all_reduce_sum(values: torch.Tensor, group: Group | None = None) -> torch.Te
     return values
 
 
+def all_reduce_max(values: torch.Tensor, group: Group | None = None) -> torch.Tensor:
+    """The elementwise maximum of `values` over the group (None: all ranks), in place, returned."""
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group or world())
+    return values
+
+
+def broadcast(values: torch.Tensor, source: int) -> torch.Tensor:
+    """Fill `values` with those of the global rank `source`, on all ranks, in place, and return it."""
+    dist.broadcast(values, src=source)
+    return values
+
+
 def world() -> Group:
     """The default group, of all ranks."""
     assert dist.group.WORLD is not None

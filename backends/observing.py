@@ -56,6 +56,8 @@ class Call:
     """Rank in the group: whom it is sent to or received from, or the root of a collective that has one."""
     splits: list[int] | None
     """all_to_all of one tensor: rows meant for each rank; empty where they are even."""
+    expected: list[int] | None = None
+    """all_to_all of one tensor: rows expected from each rank; empty where they are even."""
 
 
 Told = Callable[[float], object]
@@ -127,6 +129,7 @@ def _kernel(name: str) -> Callable[..., Any]:
     group_at = arguments.index("process_group")
     peer_at = next((arguments.index(name) for name in _PEERS if name in arguments), None)
     splits_at = arguments.index("input_split_sizes") if "input_split_sizes" in arguments else None
+    expected_at = arguments.index("output_split_sizes") if "output_split_sizes" in arguments else None
     below = torch._C._dispatch_keyset_full_after(_STAGE)
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
@@ -139,6 +142,7 @@ def _kernel(name: str) -> Callable[..., Any]:
             _flat(args[inputs_at]),
             None if peer_at is None else args[peer_at],
             None if splits_at is None else args[splits_at],
+            None if expected_at is None else args[expected_at],
         )
         told = [tell for observer in _observers if (tell := observer.on_call(call)) is not None]
         began_s = time.perf_counter()

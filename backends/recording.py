@@ -25,6 +25,10 @@ class Record:
     dtypes: tuple[str, ...]
     peer: int | None = None
     """Global rank: the other end of a send or receive, or the root."""
+    sent: tuple[int, ...] | None = None
+    """all_to_all of uneven blocks: rows meant for each rank of the group."""
+    expected: tuple[int, ...] | None = None
+    """all_to_all of uneven blocks: rows expected from each."""
 
     def __str__(self) -> str:
         tensors = ", ".join(f"{dtype}{list(shape)}" for dtype, shape in zip(self.dtypes, self.shapes, strict=True))
@@ -44,8 +48,9 @@ def first_difference(records: list[list[Record]]) -> str | None:
     """None where all ranks issued the same sequence; else what differs first, between which ranks.
 
     Two ranks must issue the calls of all groups that hold both in one order, with equal names, groups, roots, dtypes
-    and shapes. Rows may differ between ranks in an all-to-all; what only a root gives is not compared. What one rank
-    sends to another must be what the other receives from it, in order.
+    and shapes. Rows may differ between ranks in an all-to-all, but as many as one rank means for another must be those
+    that the other expects; what only a root gives is not compared. What one rank sends to another must be what the
+    other receives from it, in order.
 
     Args:
         records: of each global rank, from `recorded`.
@@ -71,6 +76,8 @@ class _Recorder:
                 tuple(tuple(tensor.shape) for tensor in call.inputs),
                 tuple(str(tensor.dtype).removeprefix("torch.") for tensor in call.inputs),
                 None if call.peer is None else ranks[call.peer],
+                tuple(call.splits) if call.splits else None,
+                tuple(call.expected) if call.expected else None,
             )
         )
 
@@ -101,7 +108,21 @@ def _difference(rank: int, own: list[Record], other: int, others: list[Record]) 
             b = theirs[number] if number < len(theirs) else None
             if a is None or b is None or _compared(a) != _compared(b):
                 return f"{what} {number + 1}: rank {rank} {_told(a)}, rank {other} {_told(b)}"
+            if text := _unlike_rows(rank, a, other, b) or _unlike_rows(other, b, rank, a):
+                return f"{what} {number + 1}: {text}"
     return None
+
+
+def _unlike_rows(sender: int, sent: Record, receiver: int, received: Record) -> str | None:
+    """How many rows of an all-to-all the sender means for the receiver, where that expects others."""
+    if sent.sent is None or received.expected is None:
+        return None
+    meant = sent.sent[sent.ranks.index(receiver)]
+    expected = received.expected[received.ranks.index(sender)]
+    if meant == expected:
+        return None
+    counts = f"{sent.op} on {sent.group}: rank {sender} sends {meant} row(s) to rank {receiver}"
+    return f"{counts}, which expects {expected}"
 
 
 def _messages(records: list[Record], op: str, peer: int) -> list[Record]:

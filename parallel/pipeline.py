@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from octofold.backends.collectives import Group
+from octofold.backends.collectives import Group, send_and_receive
 from octofold.kernels.weight_gradients import WeightGradients
 from octofold.parallel.config import ParallelConfig
 from octofold.parallel.pipeline_split import SCHEDULES, rank_of_stage
@@ -115,11 +115,11 @@ class Pipeline:
                 stream = torch.empty(
                     sequences, length // self._tensor, self._width, dtype=self._dtype, device=self.device
                 )
-                dist.recv(stream, group=self.group, group_src=self.ranks[number - 1])
+                send_and_receive([], [(stream, self.ranks[number - 1])], self.group)
             cache = {} if caches is None else {"cache": caches[number]}
             stream = module(stream, **inputs, **cache)
             if number + 1 < len(self.ranks) and self.ranks[number + 1] != self.ranks[number]:
-                dist.send(stream.contiguous(), group=self.group, group_dst=self.ranks[number + 1])
+                send_and_receive([(stream.contiguous(), self.ranks[number + 1])], [], self.group)
         return stream if self.holds_last else None
 
     def _loss(self, outputs: Sequence[torch.Tensor], labels_BJQ: torch.Tensor) -> torch.Tensor:

@@ -8,11 +8,10 @@ stage.
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from octofold.backends.collectives import Group
+from octofold.backends.collectives import Group, send_and_receive
 
 
 class SharedEnds:
@@ -28,21 +27,15 @@ class SharedEnds:
         self._peer = last if group.rank() == 0 else 0
 
     def sum_gradients(self) -> None:
-        """Add up both gradients. Collective over the two ranks."""
-        held = [parameter.grad for parameter in (self.original, self.copied) if parameter is not None]
-        gradients = [_shard(gradient) for gradient in held if gradient is not None]
-        if len(gradients) == 2:
-            gradients[0].add_(gradients[1])
-            gradients[1].copy_(gradients[0])
-        elif gradients:
-            other = torch.empty_like(gradients[0])
-            operations = [
-                dist.P2POp(dist.isend, gradients[0].clone(), group=self.group, group_peer=self._peer),
-                dist.P2POp(dist.irecv, other, group=self.group, group_peer=self._peer),
-            ]
-            for work in dist.batch_isend_irecv(operations):
-                work.wait()
-            gradients[0].add_(other)
+        """Add up both gradients; an end that has none adds zero, and gets the sum. Collective over the two ranks."""
+        held = [_gradient(parameter) for parameter in (self.original, self.copied) if parameter is not None]
+        if len(held) == 2:
+            held[0].add_(held[1])
+            held[1].copy_(held[0])
+        elif held:
+            other = torch.empty_like(held[0])
+            send_and_receive([(held[0].clone(), self._peer)], [(other, self._peer)], self.group)
+            held[0].add_(other)
 
     @torch.no_grad()
     def follow(self, originals: Sequence[torch.Tensor], copies: Sequence[torch.Tensor]) -> None:
@@ -55,11 +48,18 @@ class SharedEnds:
             for original, copied in zip(originals, copies, strict=True):
                 _shard(copied).copy_(_shard(original))
         for tensor in originals if not copies else []:
-            dist.send(_shard(tensor).contiguous(), group=self.group, group_dst=self._peer)
+            send_and_receive([(_shard(tensor).contiguous(), self._peer)], [], self.group)
         for tensor in copies if not originals else []:
             received = torch.empty_like(_shard(tensor))
-            dist.recv(received, group=self.group, group_src=self._peer)
+            send_and_receive([], [(received, self._peer)], self.group)
             _shard(tensor).copy_(received)
+
+
+def _gradient(parameter: nn.Parameter) -> torch.Tensor:
+    """This rank's shard of it; zero where the backward pass has left none, since the other end waits for it."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return _shard(parameter.grad)
 
 
 def _shard(tensor: torch.Tensor) -> torch.Tensor:

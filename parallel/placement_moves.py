@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from octofold.backends.collectives import Group, exchange_rows
+from octofold.backends.collectives import Group, all_gather_stack, exchange_rows
 from octofold.parallel.placement import Order, imbalance, improved
 
 Tensors = Callable[[nn.Parameter], list[torch.Tensor]]
@@ -164,7 +163,7 @@ def move_rows(stack: DTensor, sources: list[int], group: Group) -> None:
     """
     shard = stack.to_local()
     shape, offset = compute_local_shape_and_global_offset(stack.shape, stack.device_mesh, stack.placements)
-    windows_Rw = _everyones(torch.tensor([*offset, *shape], device=shard.device), group).tolist()
+    windows_Rw = all_gather_stack(torch.tensor([*offset, *shape], device=shard.device), group).tolist()
     dims = len(shape)
     here = windows_Rw[group.rank()]
 
@@ -187,10 +186,3 @@ def move_rows(stack: DTensor, sources: list[int], group: Group) -> None:
         for number, source in enumerate(windows_Rw[rank][0] + row for rank, rows in enumerate(received) for row in rows)
     }
     shard.copy_(arrived[[arrival[source] for source in sources[here[0] : here[0] + here[dims]]]])
-
-
-def _everyones(values_w: torch.Tensor, group: Group) -> torch.Tensor:
-    """[ranks, w]: row r is what rank r has."""
-    rows = [torch.empty_like(values_w) for _ in range(group.size())]
-    dist.all_gather(rows, values_w, group=group)
-    return torch.stack(rows)

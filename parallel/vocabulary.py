@@ -4,9 +4,8 @@ N rows, V entries, v = V / ranks entries on this rank.
 """
 
 import torch
-import torch.distributed as dist
 
-from octofold.backends.collectives import Group, all_reduce_sum
+from octofold.backends.collectives import Group, all_reduce_max, all_reduce_sum
 from octofold.parallel.sequence import in_window
 
 
@@ -30,7 +29,7 @@ class _SplitCrossEntropy(torch.autograd.Function):
         counted_N = labels_N != ignored
         here_N, entries_N = in_window(labels_N, logits_Nv.shape[1], group)
         largest_N = logits_Nv.amax(1)
-        dist.all_reduce(largest_N, op=dist.ReduceOp.MAX, group=group)
+        all_reduce_max(largest_N, group)
         weights_Nv = (logits_Nv - largest_N[:, None]).exp_()
         of_label_N = logits_Nv.gather(1, entries_N[:, None])[:, 0] * here_N
         total_N, of_label_N = all_reduce_sum(torch.stack([weights_Nv.sum(1), of_label_N]), group)

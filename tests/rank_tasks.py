@@ -22,6 +22,7 @@ from octofold.parallel.balance import gather_loads, update_biases
 from octofold.parallel.config import ParallelConfig, resolve
 from octofold.parallel.mesh import build_meshes
 from octofold.parallel.norm import global_norm
+from octofold.parallel.pipeline_ends import SharedEnds
 from octofold.parallel.transport import Route, Traffic, exchange
 from octofold.train.build import BuiltModel, build_engine, build_model, draft_model
 from octofold.train.checkpoint.manager import Checkpointer
@@ -268,3 +269,15 @@ def train_steps(
         weights.append(whole(engine.tensors().items()))
         cleared.append(all(p.grad is None for p in built.parameters()))
     return {"results": results, "weights": weights, "updates": engine.updates, "cleared": all(cleared)}
+
+
+def sum_shared_gradients(held: tuple[bool, bool]) -> float:
+    """The first entry of this rank's gradient after ends of a pipeline were summed; `held`: who has one before."""
+    rank, group = dist.get_rank(), world()
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    if held[rank]:
+        parameter.grad = torch.full((3,), rank + 1.0)
+    ends = SharedEnds(parameter if rank == 0 else None, parameter if rank == 1 else None, group, last=1)
+    ends.sum_gradients()
+    assert parameter.grad is not None
+    return float(parameter.grad[0])

@@ -17,6 +17,10 @@ SEND = Record("send", "pipeline", (0, 1), ((5,),), ("float32",), peer=1)
 RECEIVE = Record("receive", "pipeline", (0, 1), ((5,),), ("float32",), peer=0)
 
 
+BLOCKS = replace(EXCHANGE, sent=(3, 4), expected=(3, 2))
+PEERS_BLOCKS = replace(EXCHANGE, shapes=((5, 3),), sent=(2, 3), expected=(4, 3))
+
+
 def sequences() -> list[list[Record]]:
     """Of three ranks that agree."""
     return [
@@ -29,6 +33,14 @@ def sequences() -> list[list[Record]]:
 def test_ranks_that_agree():
     assert first_difference(sequences()) is None
     assert first_difference([[], []]) is None
+
+
+def test_blocks_of_an_exchange_are_as_large_as_the_receiver_expects():
+    assert first_difference([[BLOCKS], [PEERS_BLOCKS]]) is None
+    told = first_difference([[BLOCKS], [replace(PEERS_BLOCKS, expected=(5, 3))]])
+    assert told == "call 1: all_to_all on expert: rank 0 sends 4 row(s) to rank 1, which expects 5"
+    told = first_difference([[BLOCKS], [replace(PEERS_BLOCKS, sent=(1, 4))]])
+    assert told == "call 1: all_to_all on expert: rank 1 sends 1 row(s) to rank 0, which expects 2"
 
 
 Change = Callable[[list[list[Record]]], Any]
@@ -78,6 +90,16 @@ def test_a_training_step_has_one_sequence(root, ranks, tmp_path):
         found = {(record.group, record.op) for record in of_rank}
         assert {("expert", "all_to_all"), ("expert_data", "all_gather"), ("expert_data", "reduce_scatter")} <= found
         assert ("world", "all_reduce") in found
+
+
+def test_a_planted_row_that_nobody_expects_is_told(root, ranks, tmp_path):
+    """Of a real step's exchanges, whose blocks are known on both sides."""
+    records = ranks(4).run(run_tasks.record_calls, four_ranks(root), tmp_path)
+    number, call = next((n, r) for n, r in enumerate(records[1]) if r.op == "all_to_all" and r.sent)
+    records[1][number] = replace(call, sent=(call.sent[0] + 1, *call.sent[1:]))
+    told = first_difference(records)
+    assert told is not None
+    assert f"rank 1 sends {call.sent[0] + 1} row(s) to rank 0, which expects {call.sent[0]}" in told
 
 
 def test_a_planted_collective_that_depends_on_data_is_told(root, ranks, tmp_path):

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+from octofold.backends.collectives import broadcast
 from octofold.backends.errors import UserError
 from octofold.backends.process_group import RankInfo, joined
 from octofold.backends.registry import resolve
@@ -145,7 +146,7 @@ def _agree(token: int, device: torch.device, source: int) -> int:
     if dist.get_world_size() == 1:
         return token
     agreed = torch.tensor([token], device=device)
-    dist.broadcast(agreed, src=source)
+    broadcast(agreed, source)
     return int(agreed)
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
+from octofold.backends.collectives import all_reduce_max
 from octofold.backends.errors import ConfigError
 from octofold.kernels.fp8 import TENSOR_KINDS, Fp8State
 from octofold.kernels.registry import Kernels
@@ -119,7 +119,7 @@ def roll_histories(model: nn.Module, names: Sequence[str] | None = None) -> None
     amax_SK = torch.zeros(len(rows), len(TENSOR_KINDS), device=next(model.parameters()).device)
     for name, state in delayed.items():
         amax_SK[rows[name]] = torch.where(torch.isfinite(state.amax_K), state.amax_K, 0.0)
-    dist.all_reduce(amax_SK, op=dist.ReduceOp.MAX)
+    all_reduce_max(amax_SK)
     for name, state in delayed.items():
         state.remember(amax_SK[rows[name]])
 

@@ -10,9 +10,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
+from octofold.backends.collectives import all_reduce_max, all_reduce_sum
 from octofold.kernels.fp8 import TENSOR_KINDS, Fp8State
 from octofold.kernels.fp8_bits import decode, decode_scale
 from octofold.kernels.qtensor import LEAST_SCALE, QTensor, spread
@@ -72,8 +72,8 @@ class Watch:
         self._sampling = False
         for state in self._states.values():
             state.observer = None
-        dist.all_reduce(self._sums)
-        dist.all_reduce(self._maxima, op=dist.ReduceOp.MAX)
+        all_reduce_sum(self._sums)
+        all_reduce_max(self._maxima)
         sums_MKS, maxima_MKX = self._sums.tolist(), self._maxima.tolist()
         health: Health = {kind: {} for kind in TENSOR_KINDS}
         for module, of_kinds in zip(self._names, zip(sums_MKS, maxima_MKX, strict=True), strict=True):
