@@ -5,8 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from octofold.backends.collectives import Group
 from octofold.kernels.config import KernelsConfig
 from octofold.kernels.registry import Choice, Kernels, Workload, choose
+from octofold.parallel.expert import FlatExperts
 from octofold.train.build import fp8_workload
 from octofold.train.models.config import ModelConfig
 from octofold.train.models.moe import MixtureOfExperts
@@ -24,7 +26,13 @@ def chosen_kernels(
 
 
 def moe_step(
-    shape: ModelConfig, precision: PrecisionConfig, device: torch.device, *, tokens: int, anew: bool
+    shape: ModelConfig,
+    precision: PrecisionConfig,
+    device: torch.device,
+    *,
+    tokens: int,
+    anew: bool,
+    group: Group | None = None,
 ) -> Callable[[], None]:
     """A call that runs one layer of experts, shared ones included, forward and backward.
 
@@ -33,11 +41,17 @@ def moe_step(
 
     Args:
         anew: quantise the weights in every call, as a step of a single micro-batch does; else they are kept.
+        group: ranks that share the experts, in equal parts and without overlap; None: this one has all.
     """
     torch.manual_seed(0)
     kernels, _ = chosen_kernels(shape, precision, device)
     with device:
         layer: nn.Module = MixtureOfExperts(shape, 0, kernels)
+        if group is not None:
+            layer.run_experts = FlatExperts(group, overlap=False)
+            for name, stack in list(layer.experts.named_parameters(recurse=False)):
+                share = stack.unflatten(0, (group.size(), -1))[group.rank()]
+                layer.experts.register_parameter(name, nn.Parameter(share.detach().clone()))
         apply_precision(layer, precision, kernels)
         for parameter in layer.parameters():
             parameter.data = torch.randn(parameter.shape, dtype=torch.bfloat16) * shape.initializer_range
