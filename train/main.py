@@ -28,6 +28,7 @@ from octofold.train.config import RunConfig
 from octofold.train.console import Console
 from octofold.train.data.build import build_data
 from octofold.train.metrics import MetricsWriter, read_metrics
+from octofold.train.precision.policy import require_arithmetic
 from octofold.train.startup import startup_sections
 from octofold.train.stop import StopSignals
 from octofold.train.trainer import Trainer
@@ -62,6 +63,8 @@ def train(config: RunConfig, run_dir: Path, *, stop_deadline_s: float = math.inf
     # On accelerators determinism needs more than this switch; there it is left to the user's own environment.
     set_deterministic(config.train.deterministic and backend.name == "cpu", compiling=config.parallel.compile)
     with joined(backend, config.backend, info), ExitStack() as held:
+        # First, before ranks talk: every rank knows it of its own device.
+        require_arithmetic(config.precision, backend.capabilities(info.local_rank))
         # After a restart each rank has looked for itself, while another machine's disk may have shown less.
         config = replace(config, resume=Ranks(None).first(lambda: config.resume))
         held.enter_context(owned(run_dir, config.checkpoint, begins=not config.resume))
