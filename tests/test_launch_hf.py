@@ -83,6 +83,7 @@ def test_we_compute_what_transformers_saved(kind, tied, tmp_path, capsys):
     torch.testing.assert_close(our_logits(run_dir)[0], their_logits(peer), rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_multi_token_prediction_loads_in_transformers(tmp_path, capsys):
     """With 61 layers, since the library looks for multi-token prediction in model.layers.61 only."""
     from transformers.modeling_layers import MtpModel

@@ -31,7 +31,14 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("fault", PLANTED)
+QUICK = ["experts_not_summed", "experts_summed_twice", "bias_from_local_counts", "divided_by_local_tokens"]
+QUICK += ["mtp_gradient_dropped"]
+"""What the default suite plants; the rest is slow."""
+
+
+@pytest.mark.parametrize(
+    "fault", [*QUICK, *(pytest.param(x, marks=pytest.mark.slow) for x in PLANTED if x not in QUICK)]
+)
 def test_a_planted_fault_is_named(fault, layout_root, alone, ranks, tmp_path):
     config, count = run_of("v3", OTHERS.get(fault, LAYOUT), layout_root, MASKED)
     proof = prove(config, count, tmp_path, ranks, expected=alone(config), task=f"layout_faults:{fault}")

@@ -78,7 +78,9 @@ def test_gradients_are_equal_bit_for_bit(ranks, n, parallel):
     assert traffic["full"] == {name: count * (2 if name in twice else 1) for name, count in traffic["none"].items()}
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp8_block", "fp8_tensor_delayed"])
+@pytest.mark.parametrize(
+    "name", ["bf16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp8_block", "fp8_tensor_delayed"))]
+)
 def test_gradients_are_equal_bit_for_bit_in_low_precision(ranks, name):
     precision = PrecisionConfig(name, block=16) if name == "fp8_block" else PrecisionConfig(name)
     found = in_modes(ranks(2), ParallelConfig(expert=2), precision)

@@ -163,6 +163,7 @@ def test_a_run_killed_fifty_times_over_is_the_same_run(seed, undisturbed, tmp_pa
     shutil.rmtree(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_command_whose_rank_is_killed_goes_on_when_it_is_given_again(undisturbed, tmp_path):
     """`octofold train … resume=auto`, twice: with its own launcher and fresh interpreters."""
     run_dir = tmp_path / "run"

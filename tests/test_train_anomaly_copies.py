@@ -62,6 +62,7 @@ def test_a_flipped_bit_in_one_copy_is_found(n, groups, module, rank, named, root
 
 
 @pytest.mark.parametrize("n", [2])
+@pytest.mark.slow
 def test_checks_and_rechecks_change_nothing_and_find_nothing(n, root, ranks, tmp_path):
     """With accumulation and recorded precision health, in FP8: every bit is that of the run without them."""
     groups: dict[str, Any] = {"parallel": {"data_replicate": n}, "checkpoint": {"every_steps": 2}}

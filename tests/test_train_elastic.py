@@ -78,6 +78,7 @@ def assert_as_undisturbed(run_dir: Path, expected: dict[str, Any], root: Path, n
         assert tensor.tobytes() == tensors[name].tobytes(), name
 
 
+@pytest.mark.slow
 def test_a_killed_rank_of_four_costs_nothing_but_time(root, undisturbed, ranks, tmp_path):
     with session(train(run_config(root, 4), tmp_path, 4), **fault("kill", rank=2, forward=11)) as process:
         printed = process.communicate(timeout=LIMIT_S)[0]
@@ -136,6 +137,7 @@ def logs_of(run_dir: Path, n: int) -> list[str]:
     return [(run_dir / "logs" / f"stacks_rank_{rank}.txt").read_text() for rank in range(n)]
 
 
+@pytest.mark.slow
 def test_a_rank_that_sleeps_for_ever_is_named_and_the_run_goes_on(root, undisturbed, ranks, tmp_path):
     with session(train(run_config(root, 3), tmp_path, 3), **fault("sleep", rank=1, forward=6)) as process:
         printed = process.communicate(timeout=LIMIT_S)[0]

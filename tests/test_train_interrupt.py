@@ -78,7 +78,7 @@ def assert_resumes_to(expected: dict[str, Any], root: Path, run_dir: Path, n: in
         (1, signal.SIGINT, 130),
         pytest.param(1, signal.SIGUSR1, 0, marks=pytest.mark.slow),
         pytest.param(2, signal.SIGINT, 130, marks=pytest.mark.slow),
-        (2, signal.SIGTERM, 0),
+        pytest.param(2, signal.SIGTERM, 0, marks=pytest.mark.slow),
     ],
 )
 def test_signal_saves_and_the_run_goes_on(n, number, status, root, undisturbed, ranks, tmp_path):
@@ -99,6 +99,7 @@ def test_signal_saves_and_the_run_goes_on(n, number, status, root, undisturbed, 
     assert_resumes_to(undisturbed(n), root, run_dir, n, ranks)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_at_one_step(root, tmp_path):
     run_dir = tmp_path / "run"
     with started(run_config(root, 2), run_dir, 2) as process:
@@ -180,6 +181,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_disturbs_nothing(more, r
     assert_resumes_to(undisturbed(1), root, run_dir, 1, ranks)
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_from_its_last_checkpoint(root, undisturbed, ranks, tmp_path):
     n = 2
     run_dir = tmp_path / "run"

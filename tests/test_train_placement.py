@@ -31,9 +31,9 @@ def assert_close(found: Arrays, expected: Arrays) -> None:
     ("n", "expert", "experts"),
     [
         pytest.param(2, 2, 8, id="2 ranks"),
-        pytest.param(4, 2, 8, id="2 x 2 ranks"),
-        pytest.param(4, 4, 8, id="4 ranks"),
-        pytest.param(4, 2, 6, id="2 x 2 ranks, three experts over two shards"),
+        pytest.param(4, 2, 8, id="2 x 2 ranks", marks=pytest.mark.slow),
+        pytest.param(4, 4, 8, id="4 ranks", marks=pytest.mark.slow),
+        pytest.param(4, 2, 6, id="2 x 2 ranks, three experts over two shards", marks=pytest.mark.slow),
     ],
 )
 def test_training_does_not_depend_on_where_experts_stand(n, expert, experts, root, ranks, tmp_path):
@@ -61,6 +61,7 @@ def test_training_does_not_depend_on_where_experts_stand(n, expert, experts, roo
     assert last["rank_imbalance"] < max(logical), "the busiest rank has less to do than where nobody moved"
 
 
+@pytest.mark.slow
 def test_fp8_training_does_not_depend_on_where_experts_stand(root, ranks, tmp_path):
     """Weights are kept in FP8 until they change or move, and evaluated in between."""
 
@@ -76,6 +77,7 @@ def test_fp8_training_does_not_depend_on_where_experts_stand(root, ranks, tmp_pa
     assert losses(1) == losses(0)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_wherever_its_experts_stood(root, ranks, tmp_path):
     """2 ranks, then 4, then one that holds all experts: one course, in FP64, from files in one order."""
 

@@ -42,14 +42,23 @@ def in_bf16(corpus: Path, ranks: Any, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.mark.parametrize(
     "changes",
     [
-        *({"name": name} for name in FP8),
-        {"scale_fmt": "float", "gradient_fmt": "e5m2", "saved": "bf16"},
+        {"name": FP8[0]},
+        *(pytest.param({"name": name}, marks=pytest.mark.slow) for name in FP8[1:]),
+        pytest.param({"scale_fmt": "float", "gradient_fmt": "e5m2", "saved": "bf16"}, marks=pytest.mark.slow),
         {"arithmetic": "storage"},
         {
             "name": "bf16",
             "overrides": [OverrideConfig("lm_head", name="fp8_block"), OverrideConfig("*.experts.*", name="mxfp8")],
         },
-        {"overrides": [OverrideConfig("embed_tokens", name="fp8_block"), OverrideConfig("lm_head", name="fp8_block")]},
+        pytest.param(
+            {
+                "overrides": [
+                    OverrideConfig("embed_tokens", name="fp8_block"),
+                    OverrideConfig("lm_head", name="fp8_block"),
+                ]
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )
@@ -109,6 +118,7 @@ def test_a_run_may_go_on_under_another_recipe(corpus, ranks, tmp_path):
     assert all((history > 0).all() for history in histories)
 
 
+@pytest.mark.slow
 def test_delayed_scales_do_not_depend_on_who_looks(corpus, tmp_path):
     """Evaluation, watching, a skipped step and a resume leave the course of a run alone, under a growing loss scale."""
     scale = LossScaleConfig("dynamic", init=1024.0, growth_interval=2)

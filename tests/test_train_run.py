@@ -210,6 +210,7 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(n, precision, root, ran
         assert tensor.tobytes() == resumed["tensors"][name].tobytes(), name
 
 
+@pytest.mark.slow
 def test_run_continues_on_other_layouts(root, ranks, tmp_path):
     """One rank, then two with split experts, then 2 x 2, then one again: one curve, in FP64."""
 

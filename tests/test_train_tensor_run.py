@@ -45,6 +45,7 @@ def test_validation_counts_every_token_once(layout, root, ranks, tmp_path):
         assert found["record"]["tokens"] == expected["tokens"]
 
 
+@pytest.mark.slow
 def test_a_run_continues_on_layouts_that_split_other_things(root, ranks, tmp_path):
     """One rank, then split heads, then split positions on replicas, then one again: one curve."""
 
