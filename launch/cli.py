@@ -17,6 +17,7 @@ from octofold.launch.usage import (
     RANK_TABLE_USAGE,
     REPORT_USAGE,
     SAMPLE_USAGE,
+    TRACE_USAGE,
     TRAIN_USAGE,
     USAGE,
     VERIFY_SUBJECTS,
@@ -130,6 +131,12 @@ def _rank_table(argv: list[str]) -> int:
     return run(argv)
 
 
+def _trace(argv: list[str]) -> int:
+    from octofold.launch.trace import run
+
+    return run(argv)
+
+
 def _train(argv: list[str]) -> int:
     from octofold.launch.train import run
 
@@ -141,6 +148,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "sample": (_sample, SAMPLE_USAGE),
     "report": (_report, REPORT_USAGE),
     "inspect": (_inspect, INSPECT_USAGE),
+    "trace": (_trace, TRACE_USAGE),
     "verify": (_verify, verify_usage(*VERIFY_SUBJECTS)),
     "import": (_import, IMPORT_USAGE),
     "export": (_export, EXPORT_USAGE),

@@ -11,6 +11,7 @@ verbs:
   report      draw a run: loss, expert load, throughput
   inspect     what a checkpoint holds, and whether it is valid
   verify      prove a configuration: a layout against one rank, a resume, FP8 against BF16
+  trace       what a step of a large job holds and sends, without the job
   import      begin a run from a Hugging Face checkpoint
   export      write a run's checkpoint for Hugging Face transformers, vLLM and others
   doctor      check this machine and the job's environment, and say what is wrong and the remedy
@@ -128,6 +129,23 @@ def verify_usage(*subjects: str) -> str:
     told = "\n".join(VERIFY_SUBJECTS[subject] for subject in subjects)
     return f"usage: octofold verify {'|'.join(subjects)} {takes}\n\n{told}\nexit status: 0 yes, 1 no, 3 inconclusive\n"
 
+
+TRACE_USAGE = """\
+usage: octofold trace [GROUP=OPTION ...] [KEY=VALUE ...] [trace.KEY=VALUE ...]
+
+Runs one training step of one rank on tensors without values, over a process group of the job's size without other
+ranks: the real model, layout, kernels' shapes and optimiser. Prints what the rank holds at most and what it sends over
+which class of link. Tokens choose experts at random, and all ranks are taken to choose alike.
+
+  octofold trace model=octofold_1t data.sequence_length=4096 trace.ranks=2048 parallel.expert=64 \\
+    parallel.recompute=full backend.ranks_per_node=16 train.micro_batch_size=1 train.global_batch_size=2048
+
+  backend=ascend backend.software=true    on NPU tensors (docs/ascend.md); otherwise on CPU tensors
+
+  trace.ranks=8        of the job
+  trace.rank=0         whose step
+  trace.json=false     for programs
+"""
 
 IMPORT_USAGE = """\
 usage: octofold import FOLDER [GROUP=OPTION ...] [KEY=VALUE ...]

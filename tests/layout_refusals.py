@@ -91,6 +91,7 @@ WHOLE = ("parallel", "train/layout", "launch/verify_layout.py", "backends/hierar
 KEYS = ("parallel.", "verify.ranks", "ranks_per_")
 ELSEWHERE = {
     "train/memory.py:require_memory": "it names a remedy in parallel, and refuses a model",
+    "launch/trace.py:_require_traceable": "it refuses a trace of a layout that trains (tests/test_train_trace.py)",
 }
 
 

@@ -30,6 +30,7 @@ def test_verbs_come_first(ask):
         "sample",
         "report",
         "inspect",
+        "trace",
         "verify",
         "import",
         "export",
@@ -37,7 +38,7 @@ def test_verbs_come_first(ask):
         "rank-table",
     ]
     assert ask("/some/bin/octofold re") == ["report"]
-    assert ask("octofold train", point=10) == ["train"]
+    assert ask("octofold train", point=13) == ["train"]
 
 
 def test_after_train_come_groups_and_keys(ask):
