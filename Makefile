@@ -69,12 +69,12 @@ test-slow: $(VENV)/.dev
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m slow -rP
 
 test-matrix: $(VENV)/.dev
-	@echo "octofold: running the whole matrix of layouts on DeepSeek-V2"
+	@echo "octofold: running the whole matrix of layouts on DeepSeek-V2, and twenty seeds of other layouts"
 	@$(BIN)/python -m pytest -m matrix -rP
 
 test-ascend: $(ASCEND_VENV)/.dev
 	@echo "octofold: running the Ascend suite on a software NPU"
-	@$(ASCEND_PYTHON) -m pytest -m ascend
+	@$(ASCEND_PYTHON) -m pytest -m "ascend and not slow"
 
 lint: $(VENV)/.dev
 	@echo "octofold: ruff and mypy"

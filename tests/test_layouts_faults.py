@@ -73,8 +73,13 @@ def test_nobody_is_accused_without_a_fault(seed, layout_root, alone, ranks, tmp_
     assert accused(LAYOUT, seed, layout_root, alone, ranks, tmp_path) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("case", FAULTLESS, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow if case is LAYOUT else pytest.mark.matrix, id=str(case))
+        for case in FAULTLESS
+    ],
+)
 def test_nobody_is_accused_over_twenty_seeds(case, seed, layout_root, alone, ranks, tmp_path):
     assert accused(case, seed, layout_root, alone, ranks, tmp_path) == []

@@ -52,7 +52,8 @@ def traced(*overrides: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("per_node", [pytest.param(4, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("per_node", [4, 2])
 def test_calls_and_bytes_are_those_of_a_real_run(per_node, tmp_path):
     nodes = f"backend.ranks_per_node={per_node}"
     data = ["data=text", f"data.path={write_corpus(tmp_path) / 'corpus'}", f"data.cache_dir={tmp_path / 'cache'}"]
