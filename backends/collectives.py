@@ -18,6 +18,10 @@ sums: WeakKeyDictionary[Group, Sum] = WeakKeyDictionary()
 def all_reduce_sum(values: torch.Tensor, group: Group | None = None) -> torch.Tensor:
     """Sum `values` over the group (None: all ranks), in place, and return it."""
     group = group or world()
+    if values.device.type == "npu" and values.dtype == torch.float64:
+        # HCCL sums no FP64 before Ascend 950. What is summed in it are a few numbers: losses and norms.
+        gathered = all_gather_stack(values.contiguous().view(torch.int64).view(1, -1), group)
+        return values.copy_(gathered.view(torch.float64).sum(0).view(values.shape))
     if group in sums:
         return sums[group](values)
     dist.all_reduce(values, op=dist.ReduceOp.SUM, group=group)

@@ -17,7 +17,7 @@ def gather_loads(loads: list[torch.Tensor]) -> torch.Tensor:
     Args:
         loads: one int64 [E] counter a layer, over all of this rank's micro-batches.
     """
-    loads_GE = all_reduce_sum(torch.stack(loads).to(torch.float64))
+    loads_GE = all_reduce_sum(torch.stack(loads)).to(torch.float64)
     for load in loads:
         load.zero_()
     return loads_GE

@@ -21,6 +21,7 @@ LAYOUTS = {
     "expert": ["launch.nproc_per_node=2", "parallel.expert=2"],
     "fsdp": ["launch.nproc_per_node=2", "parallel.expert=1"],
     "context": ["launch.nproc_per_node=2", "parallel.expert=1", "parallel.context=2"],
+    "two stages": ["launch.nproc_per_node=4", "parallel.expert=4", "backend.ranks_per_node=2", "train.micro_batch_size=1"],
 }
 
 
@@ -60,3 +61,20 @@ def test_asynchronous_streams_with_pauses_of_chance_change_no_bit(data, tmp_path
     command = [*data, "backend=ascend", "backend.software=true", *LAYOUTS["expert"]]
     in_order = losses(tmp_path / "synchronous", *command)
     assert losses(tmp_path / "asynchronous", *command, ASYNC="1", DELAY_US="300") == in_order
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_no_pause_changes_a_bit_over_twenty_seeds(seed, data, tmp_path):
+    command = [*data, "backend=ascend", "backend.software=true", *LAYOUTS["expert"], "train.steps=2"]
+    in_order = losses(tmp_path / "synchronous", *command)
+    assert losses(tmp_path / "asynchronous", *command, ASYNC="1", DELAY_US="300", SEED=str(seed)) == in_order
+
+
+@pytest.mark.parametrize("soc", ["Ascend910B2", "Ascend910_9392"])
+def test_two_ranks_train_in_bf16_under_older_names(soc, data, tmp_path):
+    """There torch_npu launches some operators between ranks by name (Fill, PadV3)."""
+    arguments = [*data, *LAYOUTS["expert"], "precision=bf16", "train.steps=2"]
+    on_cpu = losses(tmp_path / "cpu", *arguments, "backend=cpu")
+    on_npu = losses(tmp_path / "npu", *arguments, "backend=ascend", "backend.software=true", SOC=soc)
+    assert on_npu == pytest.approx(on_cpu, rel=2e-3)
