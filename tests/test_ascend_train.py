@@ -16,12 +16,13 @@ MODEL = ["experiment=quickstart", "model=tiny", "model.num_hidden_layers=2", "pr
 BATCH = ["data.sequence_length=32", "train.steps=4", "train.log_every=1", "optim.warmup_steps=1", "backend.threads=1"]
 NO_MORE = ["train.eval_every=0", "train.final_eval_sequences=4", "train.sample_tokens=0"]
 NPU_OPS = ["attention", "grouped_mm", "rms_norm", "rotary", "swiglu", "permute", "unpermute"]
+FOUR = ["launch.nproc_per_node=4", "train.micro_batch_size=1"]
 LAYOUTS = {
     "one rank": ["launch.nproc_per_node=1", "parallel.expert=1"],
     "expert": ["launch.nproc_per_node=2", "parallel.expert=2"],
     "fsdp": ["launch.nproc_per_node=2", "parallel.expert=1"],
     "context": ["launch.nproc_per_node=2", "parallel.expert=1", "parallel.context=2"],
-    "two stages": ["launch.nproc_per_node=4", "parallel.expert=4", "backend.ranks_per_node=2", "train.micro_batch_size=1"],
+    "two stages": [*FOUR, "parallel.expert=4", "backend.ranks_per_node=2"],
 }
 
 
