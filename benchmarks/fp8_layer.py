@@ -20,9 +20,14 @@ def chosen_kernels(
     shape: ModelConfig, precision: PrecisionConfig, device: torch.device
 ) -> tuple[Kernels, list[Choice]]:
     """What a run of this model would compute with on the device."""
-    plain = Workload(device.type, torch.bfloat16, (shape.hidden_size, shape.moe_intermediate_size))
+    plain = Workload(device.type, dtype_of(precision), (shape.hidden_size, shape.moe_intermediate_size))
     names = ["experts.gate_up_proj", "experts.down_proj", "shared_experts.gate_proj"]
     return choose(KernelsConfig(), fp8_workload(plain, precision, names))
+
+
+def dtype_of(precision: PrecisionConfig) -> torch.dtype:
+    """What weights are gathered and tokens computed in."""
+    return torch.float32 if precision.name == "fp32" else torch.bfloat16
 
 
 def moe_step(
@@ -36,7 +41,7 @@ def moe_step(
 ) -> Callable[[], None]:
     """A call that runs one layer of experts, shared ones included, forward and backward.
 
-    Weights are BF16, as FSDP2 gathers them. Every contestant has the same weights, tokens and gradients, so the gate
+    Weights are BF16, as FSDP2 gathers them, or FP32 with that precision. Every contestant has the same weights, tokens and gradients, so the gate
     sends the same rows to the same experts.
 
     Args:
@@ -54,8 +59,9 @@ def moe_step(
                 layer.experts.register_parameter(name, nn.Parameter(share.detach().clone()))
         apply_precision(layer, precision, kernels)
         for parameter in layer.parameters():
-            parameter.data = torch.randn(parameter.shape, dtype=torch.bfloat16) * shape.initializer_range
-        x_BSD, grad_BSD = (torch.randn(1, tokens, shape.hidden_size, dtype=torch.bfloat16) for _ in range(2))
+            parameter.data = torch.randn(parameter.shape, dtype=dtype_of(precision)) * shape.initializer_range
+        size = (1, tokens, shape.hidden_size)
+        x_BSD, grad_BSD = (torch.randn(size, dtype=dtype_of(precision)) for _ in range(2))
     x_BSD.requires_grad_()
 
     def step() -> None:
