@@ -41,8 +41,8 @@ def moe_step(
 ) -> Callable[[], None]:
     """A call that runs one layer of experts, shared ones included, forward and backward.
 
-    Weights are BF16, as FSDP2 gathers them, or FP32 with that precision. Every contestant has the same weights, tokens and gradients, so the gate
-    sends the same rows to the same experts.
+    Weights are BF16, as FSDP2 gathers them, or FP32 with that precision. Every contestant has the same weights, tokens
+    and gradients, so the gate sends the same rows to the same experts.
 
     Args:
         anew: quantise the weights in every call, as a step of a single micro-batch does; else they are kept.
