@@ -2,12 +2,13 @@
 decoded from their bytes and multiplied in FP32. On any device; for numerics, not for speed.
 """
 
+from functools import partial
+
 import torch
 
 from octofold.kernels.fp8_bits import decode, decode_scale
 from octofold.kernels.qtensor import QTensor, spread
-from octofold.kernels.reference.quantize import GROUP_UNIT
-from octofold.kernels.reference.scaled_mm import columns_of, matrix_of, rows_of
+from octofold.kernels.reference.scaled_mm import group_by_group, group_by_group_inner
 from octofold.kernels.registry import Workload
 
 
@@ -38,15 +39,8 @@ def scaled_grouped_mm(
     accumulation: str = "fp32",
 ) -> torch.Tensor:
     """As kernels/reference/scaled_mm.py; waits for the counts."""
-    out_NF = a_NK.scale.new_empty(a_NK.shape[0], b_EFK.shape[1], dtype=out_dtype)
-    start = 0
-    for group, count in enumerate(counts_E.tolist()):
-        rows = slice(start, start + count)
-        out_NF[rows] = scaled_mm(
-            rows_of(a_NK, rows), matrix_of(b_EFK, group), out_dtype=out_dtype, accumulation=accumulation
-        )
-        start += count
-    return out_NF
+    assert accumulation == "fp32", accumulation
+    return group_by_group(partial(scaled_mm, out_dtype=out_dtype), a_NK, b_EFK, counts_E, out_dtype)
 
 
 def scaled_grouped_inner_mm(
@@ -58,14 +52,5 @@ def scaled_grouped_inner_mm(
     accumulation: str = "fp32",
 ) -> torch.Tensor:
     """As kernels/reference/scaled_mm.py; waits for the counts."""
-    unit = a_FT.format.tile[1] or GROUP_UNIT
-    out_EFD = a_FT.scale.new_empty(len(counts_E), a_FT.shape[0], b_DT.shape[0], dtype=out_dtype)
-    first = 0
-    for group, count in enumerate(counts_E.tolist()):
-        tiles = -(-count // unit)
-        columns = (first * unit, (first + tiles) * unit)
-        out_EFD[group] = scaled_mm(
-            columns_of(a_FT, *columns), columns_of(b_DT, *columns), out_dtype=out_dtype, accumulation=accumulation
-        )
-        first += tiles
-    return out_EFD
+    assert accumulation == "fp32", accumulation
+    return group_by_group_inner(partial(scaled_mm, out_dtype=out_dtype), a_FT, b_DT, counts_E, out_dtype)

@@ -3,11 +3,17 @@
 M, N rows of the operands, K what is summed over; E groups, F output width, D input width, T·b padded rows.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from octofold.kernels.qtensor import QTensor
 from octofold.kernels.reference.quantize import GROUP_UNIT
 from octofold.kernels.registry import Workload
+
+Product = Callable[[QTensor, QTensor], torch.Tensor]
+"""`scaled_mm` of two operands."""
 
 
 def why_unsupported(workload: Workload) -> str | None:
@@ -64,15 +70,8 @@ def scaled_grouped_mm(
         counts_E: int64, rows of each group, zero allowed; they add up to N.
         out_dtype, accumulation: as in `scaled_mm`.
     """
-    out_NF = a_NK.scale.new_empty(a_NK.shape[0], b_EFK.shape[1], dtype=out_dtype)
-    start = 0
-    for group, count in enumerate(counts_E.tolist()):
-        rows = slice(start, start + count)
-        out_NF[rows] = scaled_mm(
-            rows_of(a_NK, rows), matrix_of(b_EFK, group), out_dtype=out_dtype, accumulation=accumulation
-        )
-        start += count
-    return out_NF
+    multiply = partial(scaled_mm, out_dtype=out_dtype, accumulation=accumulation)
+    return group_by_group(multiply, a_NK, b_EFK, counts_E, out_dtype)
 
 
 def scaled_grouped_inner_mm(
@@ -90,15 +89,34 @@ def scaled_grouped_inner_mm(
         counts_E: int64, rows of each group.
         out_dtype, accumulation: as in `scaled_mm`.
     """
+    multiply = partial(scaled_mm, out_dtype=out_dtype, accumulation=accumulation)
+    return group_by_group_inner(multiply, a_FT, b_DT, counts_E, out_dtype)
+
+
+def group_by_group(
+    multiply: Product, a_NK: QTensor, b_EFK: QTensor, counts_E: torch.Tensor, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """`scaled_grouped_mm` by one product a group; waits for the counts."""
+    out_NF = a_NK.scale.new_empty(a_NK.shape[0], b_EFK.shape[1], dtype=out_dtype)
+    start = 0
+    for group, count in enumerate(counts_E.tolist()):
+        rows = slice(start, start + count)
+        out_NF[rows] = multiply(rows_of(a_NK, rows), matrix_of(b_EFK, group))
+        start += count
+    return out_NF
+
+
+def group_by_group_inner(
+    multiply: Product, a_FT: QTensor, b_DT: QTensor, counts_E: torch.Tensor, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """`scaled_grouped_inner_mm` by one product a group; waits for the counts."""
     unit = a_FT.format.tile[1] or GROUP_UNIT
     out_EFD = a_FT.scale.new_empty(len(counts_E), a_FT.shape[0], b_DT.shape[0], dtype=out_dtype)
     first = 0
     for group, count in enumerate(counts_E.tolist()):
         tiles = -(-count // unit)
         columns = (first * unit, (first + tiles) * unit)
-        out_EFD[group] = scaled_mm(
-            columns_of(a_FT, *columns), columns_of(b_DT, *columns), out_dtype=out_dtype, accumulation=accumulation
-        )
+        out_EFD[group] = multiply(columns_of(a_FT, *columns), columns_of(b_DT, *columns))
         first += tiles
     return out_EFD
 
