@@ -84,6 +84,16 @@ def test_weights_and_moments_are_the_ranks_share():
     assert found["peak_bytes"] > 4 * found["weights_bytes"]
 
 
+@pytest.mark.slow
+def test_fp8_travels_in_fewer_bytes_and_is_kept():
+    wide = ["trace.ranks=4", "parallel.recompute=none"]
+    plain = traced(*wide)
+    quantised = traced(*wide, "precision=fp8_block", "precision.arithmetic=emulate", "precision.block=16")
+    sent = [sum(found["costs"]["expert/all_to_all"]["sent_bytes"].values()) for found in (plain, quantised)]
+    assert 0.5 < sent[1] / sent[0] < 0.9, "tokens in FP8, outputs in BF16"
+    assert quantised["moments_bytes"] == plain["moments_bytes"] // 2
+
+
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [

@@ -54,17 +54,19 @@ def write(tensor: Tensor, value: Tensor | None) -> None:
 
 
 def read(tensor: Tensor) -> Any:
-    """The number that the host reads: what is carried; a floating-point number that nobody knows is 1.
+    """The number that the host reads: what is carried.
+
+    Of what nobody knows, a floating-point number is 1, and a truth is false: kernels ask whether something overflows.
 
     Raises:
-        UserError: an integer or truth that is not known, which would decide what is computed.
+        UserError: an integer that is not known, which would decide what is computed.
     """
     value = value_of(tensor)
     if value is not None:
         with unset_fake_temporarily():
             return value.item()
-    if tensor.is_floating_point():
-        return 1.0
+    if tensor.is_floating_point() or tensor.dtype == torch.bool:
+        return 1.0 if tensor.is_floating_point() else False
     rule = "without values, only numbers that follow from the routing of tokens can be read"
     raise UserError(f"a trace reads a number of {tensor.dtype}\n  rule:   {rule}\n  remedy: another layout or kernel")
 

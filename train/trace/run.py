@@ -26,10 +26,13 @@ from octofold.kernels.registry import Kernels
 from octofold.parallel.balance import gather_loads
 from octofold.parallel.expert import Beside, ExpertRoute, Experts, Routing
 from octofold.train.accumulate import Accumulation
-from octofold.train.build import build_engine, draft_model, micro_batches
+from octofold.train.build import BuiltModel, build_engine, draft_model, micro_batches
 from octofold.train.config import RunConfig
 from octofold.train.data.batch import Batch
+from octofold.train.engines.native import NativeEngine
 from octofold.train.memory import ParameterCount
+from octofold.train.models.decoder import Decoder
+from octofold.train.models.stages import Stages
 from octofold.train.trace.carried import carry, propagate, read, value_of, write
 from octofold.train.trace.memory import MemoryCount
 
@@ -77,25 +80,12 @@ def trace(config: RunConfig, *, rank: int, ranks: int, device_type: str) -> Trac
         for manager in (FakeTensorMode(allow_non_fake_inputs=True), _Tracing(memory), memory.following_resizes()):
             context.enter_context(manager)
         built.model.to_empty(device=device)
-        shape = built.model.config
-        for module in built.model.modules():
-            if (route := getattr(module, "run_experts", None)) is not None:
-                # Not a parameter, module or buffer, so setattr leaves torch's registries alone.
-                setattr(module, "run_experts", _Routed(route, shape.n_group, shape.topk_group))  # noqa: B010
+        _know_routing(built.model)
         engine = build_engine(built.model, config.optim, config.train.steps, None, config.parallel, built=built)
-        depths = config.model.num_nextn_predict_layers
-        accumulation = Accumulation(
-            built.model,
-            engine,
-            built.meshes,
-            built.pipeline,
-            device,
-            mask_documents=config.data.mask_documents,
-            depths=depths,
-        )
+        accumulation = _accumulation(config, built, engine, device)
         size = (config.train.micro_batch_size, config.data.sequence_length)
         batches = [_batch(size) for _ in range(micro_batches(config.train, config.parallel))]
-        tokens_J = torch.ones(1 + depths, dtype=torch.int64, device=device)
+        tokens_J = torch.ones(1 + accumulation.depths, dtype=torch.int64, device=device)
         built.model.train()
         with observed(accounting):
             memory.enter("forward and backward")
@@ -119,6 +109,28 @@ def trace(config: RunConfig, *, rank: int, ranks: int, device_type: str) -> Trac
             costs={name: Cost(cost.calls, dict(cost.sent_bytes)) for name, cost in accounting.take().items()},
             seconds=time.perf_counter() - began_s,
         )
+
+
+def _know_routing(model: Decoder | Stages) -> None:
+    """Tell every route to experts which of them tokens choose."""
+    shape = model.config
+    for module in model.modules():
+        if (route := getattr(module, "run_experts", None)) is not None:
+            # Not a parameter, module or buffer, so setattr leaves torch's registries alone.
+            setattr(module, "run_experts", _Routed(route, shape.n_group, shape.topk_group))  # noqa: B010
+
+
+def _accumulation(config: RunConfig, built: BuiltModel, engine: NativeEngine, device: torch.device) -> Accumulation:
+    """As the trainer has it."""
+    return Accumulation(
+        built.model,
+        engine,
+        built.meshes,
+        built.pipeline,
+        device,
+        mask_documents=config.data.mask_documents,
+        depths=config.model.num_nextn_predict_layers,
+    )
 
 
 class _Tracing(TorchDispatchMode):
