@@ -44,6 +44,9 @@ def _unlock(node: DictConfig) -> None:
     for child in node.values():
         if isinstance(child, DictConfig):
             _unlock(child)
+            if OmegaConf.get_type(child) is dict:
+                # A mapping whose keys are the user's: Hydra would take none that the default lacks.
+                OmegaConf.set_struct(child, False)
 
 
 def config_node(config: Any) -> DictConfig:

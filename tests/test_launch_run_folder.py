@@ -1,11 +1,13 @@
 """A run's folder: where it lies, what it refuses, and a config.yaml that comes back as it went in."""
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError
 
 from octofold.backends.errors import UserError
 from octofold.launch.config import JobConfig
@@ -16,8 +18,19 @@ from octofold.launch.run_folder import (
     make_run_folder,
     read_config,
     restore_config,
+    schema_node,
     write_config,
 )
+
+
+@dataclass(frozen=True)
+class Mapped:
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    mapped: Mapped = field(default_factory=Mapped)
 
 
 def add_checkpoint(run_dir, step):
@@ -45,6 +58,15 @@ def test_the_saved_config_comes_back_as_it_went_in(tmp_path_factory, prompt, pat
     run_dir = tmp_path_factory.getbasetemp()
     write_config(run_dir, job)
     assert read_config(run_dir) == job
+
+
+def test_a_mapping_takes_keys_that_its_default_lacks_and_the_schema_takes_none():
+    node = schema_node(Job)
+    OmegaConf.set_struct(node, True)  # as Hydra does before it applies overrides
+    OmegaConf.update(node, "mapped.labels", {"team": "a"})
+    assert OmegaConf.to_object(node) == Job(Mapped({"team": "a"}))
+    with pytest.raises(ConfigAttributeError, match="lables"):
+        OmegaConf.update(node, "mapped.lables", {"team": "a"})
 
 
 def test_every_key_is_written(tmp_path):
