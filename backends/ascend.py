@@ -1,13 +1,16 @@
 """Huawei Ascend NPUs through torch_npu and HCCL; or the software NPU, where this process was started for it."""
 
+import os
 from dataclasses import replace
+from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from octofold.backends import ascend_soc
+from octofold.backends import ascend_soc, hccl
 from octofold.backends.base import Backend, Capabilities
+from octofold.backends.config import BackendConfig
 from octofold.backends.errors import ConfigError
 from octofold.backends.software_npu.activate import activate, is_active
 
@@ -17,6 +20,15 @@ class AscendBackend(Backend):
 
     name = "ascend"
     collective_library = "hccl"
+    deterministic = True
+
+    def prepare_groups(self, config: BackendConfig) -> timedelta:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        os.environ.update(hccl.variables(config, os.environ, deterministic=deterministic))
+        return hccl.watchdog_timeout(config, os.environ)
+
+    def group_settings(self) -> dict[str, str]:
+        return hccl.shown(os.environ)
 
     def why_unavailable(self) -> str | None:
         if find_spec("torch_npu") is None:
@@ -40,6 +52,8 @@ class AscendBackend(Backend):
         if threads:
             torch.set_num_threads(threads)
         npu.set_device(local_rank)
+        # torch fills fresh memory with NaN where algorithms are to be deterministic; 910 writes no FP8.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     def capabilities(self, local_rank: int) -> Capabilities:
         npu = _npu()

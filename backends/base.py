@@ -2,7 +2,10 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
+
+from octofold.backends.config import BackendConfig
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +42,20 @@ class Backend(ABC):
     name: str
     collective_library: str
     """Its name for people."""
+    deterministic: bool = False
+    """torch's switch gives the same bits every time; elsewhere that takes more, which is left to the user."""
+
+    def prepare_groups(self, config: BackendConfig) -> timedelta:
+        """Tell the collective library what it reads when groups are made; the timeout of a call on them.
+
+        Raises:
+            ConfigError: the environment says otherwise.
+        """
+        return timedelta(seconds=config.timeout_s)
+
+    def group_settings(self) -> dict[str, str]:
+        """What the collective library has been told, for people, by name."""
+        return {}
 
     def process_groups(self) -> str:
         """What `torch.distributed.init_process_group` is told: the library, or what this backend has registered."""

@@ -28,6 +28,9 @@ class BackendConfig:
     all_reduce: str = "flat"
     """How the trainer's own sums over all ranks are taken: flat, in one step; hierarchical, inside nodes, then between
     them. Sums of gradients follow parallel.data_replicate."""
+    hccl_buffer_mb: int = 0
+    """Device memory that each HCCL group takes, twice, to send and to receive, in MB; 0: as HCCL_BUFFSIZE says, else
+    HCCL's own, 200."""
     peak_tflops_bf16: float = 0.0
     """Peak of the device for dense BF16 products in TFLOP/s, for MFU; 0: what is known of the device."""
     peak_tflops_fp8: float = 0.0
@@ -42,6 +45,9 @@ def check(backend: BackendConfig, world_size: int) -> None:
         raise ConfigError("backend.software", shown, rule, "backend=ascend, or backend.software=false")
     for name in ("peak_tflops_bf16", "peak_tflops_fp8"):
         check_finite(f"backend.{name}", getattr(backend, name), least=0.0)
+    if not 0 <= backend.hccl_buffer_mb < 1 << 20:
+        rule = "a size in MB, or 0 for HCCL's own"
+        raise ConfigError("backend.hccl_buffer_mb", backend.hccl_buffer_mb, rule, "backend.hccl_buffer_mb=200")
     _check_nodes(backend, world_size)
 
 

@@ -21,6 +21,7 @@ class CpuBackend(Backend):
 
     name = "cpu"
     collective_library = "gloo"
+    deterministic = True
 
     def process_groups(self) -> str:
         return gloo.register()

@@ -47,10 +47,10 @@ def joined(backend: Backend, config: BackendConfig, info: RankInfo) -> Iterator[
     A world of one has a process group too, so that sharded parameters and checkpoints take one path.
 
     Raises:
-        ConfigError: the rendezvous address is missing.
+        ConfigError: the rendezvous address is missing, or the environment contradicts `config`.
     """
     backend.set_up(info.local_rank, info.local_world_size, config.threads)
-    timeout = timedelta(seconds=config.timeout_s)
+    timeout = backend.prepare_groups(config)
     store: dist.Store
     if info.world_size == 1:
         store = dist.HashStore()

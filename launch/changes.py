@@ -31,8 +31,11 @@ EFFECTS = {
 RULES = [
     ("none", r"name|run_dir|resume|resume_allow|launch\..*|checkpoint\..*|model\.(name|initializer_range)"),
     ("none", r"train\.(log_every|eval_every|(final_)?eval_sequences|sample_prompt|sample_tokens|log_communication)"),
-    ("none", r"train\.(hang_timeout_s|slow_rank_factor)"),
-    ("none", r"train\.(wandb|tensorboard)|backend\.(timeout_s|peak_.*)|precision\.(watch_every|keep_weights)"),
+    ("none", r"train\.(hang_timeout_s|slow_rank_factor)|backend\.hccl_buffer_mb"),
+    (
+        "none",
+        r"train\.(wandb|tensorboard)|backend\.(timeout_s|peak_.*)|precision\.(watch_every|keep_weights)",
+    ),
     ("none", r"train\.(max_anomalies|anomaly_window|check_replicas_every|recheck_every)"),
     ("none", r"data\.(workers|cache_dir|max_corrupt_share)"),
     # Tokens that find no place are dropped, and sums in BF16 round more than a layout may.

@@ -218,7 +218,7 @@ def _probed(config: JobConfig, checkpoint: Path) -> "dict[str, Probe]":
     alone = replace(config, train=train, parallel=resolve_degrees(ParallelConfig(), 1), resume=str(checkpoint))
     alone = replace(alone, precision=replace(alone.precision, watch_every=0))
     backend, info = resolve(config.backend.name), RankInfo()
-    set_deterministic(train.deterministic and backend.name == "cpu")
+    set_deterministic(train.deterministic, backend)
     with TemporaryDirectory() as scratch, joined(backend, config.backend, info):
         trainer = build_trainer(alone, Path(scratch), backend, info, Console(enabled=False))
         with trainer.console.progress(1 + PROBED_STEPS, 0) as bar:

@@ -4,6 +4,8 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from ctypes import CDLL, c_char_p
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,16 +13,36 @@ import torch.distributed as dist
 
 from octofold.backends.ascend import AscendBackend
 from octofold.backends.config import BackendConfig
+from octofold.backends.determinism import set_deterministic
 from octofold.backends.process_group import RankInfo, joined
+from octofold.backends.software_npu.activate import FOLDER
+from octofold.backends.software_npu.build import HCCL
 
 
 @contextmanager
-def group() -> Iterator[tuple[int, int, torch.device]]:
+def group(config: BackendConfig = BackendConfig()) -> Iterator[tuple[int, int, torch.device]]:  # noqa: B008 - frozen
     """Rank, ranks and device in the default group."""
     info = RankInfo.from_environment()
     backend = AscendBackend()
-    with joined(backend, BackendConfig(), info):
+    with joined(backend, config, info):
         yield info.rank, info.world_size, backend.device(info.local_rank)
+
+
+def settings() -> dict[str, Any]:
+    """What HCCL was told of the default group, of its twin for sends, and of a subgroup; with what people are shown."""
+    set_deterministic(True, AscendBackend())
+    with group(BackendConfig(timeout_s=90.5, hccl_buffer_mb=64)) as (rank, _, device):
+        x = torch.ones(1, device=device)
+        dist.all_reduce(x)
+        half = dist.new_group([0, 1])
+        dist.all_reduce(x, group=half)
+        dist.send(x, 1) if rank == 0 else dist.recv(x, 0)
+        told = CDLL(str(Path(os.environ[FOLDER]) / HCCL)).software_npu_groups
+        told.restype = c_char_p
+        world: Any = dist.group.WORLD
+        watchdog_s = world._get_backend(device).options._timeout.total_seconds()
+        groups = [list(map(int, line.split(" ")[:4])) for line in told().decode().splitlines()]
+        return {"groups": groups, "watchdog_s": watchdog_s, "shown": AscendBackend().group_settings()}
 
 
 def collectives() -> dict[str, Any]:

@@ -49,12 +49,11 @@ def alone(task: Callable[..., Any], *args: Any) -> Any:
 
 def build(config: RunConfig, run_dir: Path, stream: TextIO | None = None) -> Trainer:
     """The trainer of this rank, on the process group that is there; rank 0 prints to `stream`."""
-    set_deterministic(config.train.deterministic, compiling=config.parallel.compile)
+    backend = resolve(config.backend.name)
+    set_deterministic(config.train.deterministic, backend, compiling=config.parallel.compile)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     info = RankInfo(rank, world_size, rank, world_size)
-    return build_trainer(
-        config, run_dir, resolve(config.backend.name), info, Console(rank == 0, stream or io.StringIO())
-    )
+    return build_trainer(config, run_dir, backend, info, Console(rank == 0, stream or io.StringIO()))
 
 
 def whole(tensors: dict[str, torch.Tensor]) -> Arrays:

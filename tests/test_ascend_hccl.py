@@ -48,7 +48,7 @@ FAULTS = {
     ("fault", "asynchronous"), [*((fault, "0") for fault in FAULTS), ("other_size", "1"), ("killed_peer", "1")]
 )
 def test_ranks_that_disagree_or_die_are_named_with_their_call(fault, asynchronous):
-    ran = start(f"ascend_hccl_tasks:{fault}", 2, ASYNC=asynchronous, HCCL_TIMEOUT_S="3")
+    ran = start(f"ascend_hccl_tasks:{fault}", 2, ASYNC=asynchronous, HCCL_EXEC_TIMEOUT="3")
     assert f"rank 0 in all_reduce number 1 (16 bytes of FP32, sum): {FAULTS[fault]}" in ran[0].value
     assert ran[1].status == (-9 if fault == "killed_peer" else 0), ran[1].errors
 
@@ -65,3 +65,23 @@ def test_pauses_of_chance_change_no_bit():
     for run in runs:
         assert run == runs[0]
         assert [len(bits) for bits in run] == [1, 1]
+
+
+def test_groups_are_told_buffer_timeouts_and_determinism():
+    """By torch_npu, in HcclCommConfig, or by the environment, which HCCL reads for what stands in no config."""
+    shown = {"HCCL_BUFFSIZE": "64", "HCCL_CONNECT_TIMEOUT": "120", "HCCL_DETERMINISTIC": "true"}
+    for ran in start("ascend_hccl_tasks:settings", 2):
+        assert ran.status == 0, ran.errors
+        told = [64, 1, 91, 120]
+        for_sends = [20, *told[1:]]
+        assert sorted(ran.value["groups"]) == [for_sends, told, told]
+        assert ran.value["watchdog_s"] == 151.0
+        assert ran.value["shown"] == {**shown, "HCCL_EXEC_TIMEOUT": "91"}
+        assert "timeout" not in ran.errors, "torch_npu warns where its watchdog is quicker than HCCL"
+
+
+def test_what_the_user_has_set_stays():
+    own = {"HCCL_EXEC_TIMEOUT": "0", "HCCL_CONNECT_TIMEOUT": "300", "HCCL_DETERMINISTIC": "strict"}
+    for found in values("ascend_hccl_tasks:settings", 2, **own):
+        assert found["shown"] == {**own, "HCCL_BUFFSIZE": "64"}
+        assert found["watchdog_s"] == 90.5

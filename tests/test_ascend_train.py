@@ -47,6 +47,8 @@ def losses(folder: Path, *overrides: str, **settings: str) -> list[float]:
     if "backend=ascend" in overrides:
         # The start-up table: operators of torch_npu were chosen.
         assert set(re.findall(rf"\b({'|'.join(NPU_OPS)}) +npu\b", done.stdout)) == set(NPU_OPS), done.stdout
+        assert re.search(r"\bHCCL_EXEC_TIMEOUT +600\b", done.stdout), done.stdout
+        assert re.search(r"\bHCCL_DETERMINISTIC +true\b", done.stdout), done.stdout
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line["loss"] for line in lines if line["kind"] == "train"]
 

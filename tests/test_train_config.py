@@ -25,6 +25,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("checkpoint.every_steps", 0),
     ("checkpoint.keep", -1),
     ("backend.timeout_s", 0.0),
+    ("backend.hccl_buffer_mb", -1),
     ("backend.threads", -1),
     ("backend.ranks_per_node", -1),
     ("backend.ranks_per_supernode", -8),

@@ -58,7 +58,8 @@ class TrainConfig:
     """Sequences a rank computes at once; accumulation makes up the rest."""
     seed: int = 0
     deterministic: bool = True
-    """CPU only: refuse operations without a deterministic implementation."""
+    """On CPUs and Ascend: deterministic kernels and sums over ranks, and no operation that has none. On Ascend it costs
+    speed."""
     log_every: int = 10
     eval_every: int = 100
     """Steps between evaluations on the validation split; 0: only at the end."""

@@ -60,8 +60,7 @@ def train(config: RunConfig, run_dir: Path, *, stop_deadline_s: float = math.inf
     info = RankInfo.from_environment()
     console = Console(enabled=info.rank == 0)
     backend = resolve(config.backend.name)
-    # On accelerators determinism needs more than this switch; there it is left to the user's own environment.
-    set_deterministic(config.train.deterministic and backend.name == "cpu", compiling=config.parallel.compile)
+    set_deterministic(config.train.deterministic, backend, compiling=config.parallel.compile)
     with joined(backend, config.backend, info), ExitStack() as held:
         # First, before ranks talk: every rank knows it of its own device.
         require_arithmetic(config.precision, backend.capabilities(info.local_rank))

@@ -36,6 +36,7 @@ def startup_sections(
             **_layout(config.parallel, built.model.config),
         },
         "device": _device(built, backend, info),
+        **({backend.collective_library: dict(settings)} if (settings := backend.group_settings()) else {}),
         "precision": _precision(config, built, backend, info),
         "kernels": _kernels(built.choices),
         "batch": {

@@ -8,7 +8,6 @@
 | SOFTWARE_NPU_ASYNC | 1: streams are worker threads, and collectives and copies run while the host goes on |
 | SOFTWARE_NPU_DELAY_US | asynchronous: longest of the pauses of chance before a piece of work (0) |
 | SOFTWARE_NPU_SEED | of those pauses (0) |
-| SOFTWARE_NPU_HCCL_TIMEOUT_S | how long a rank waits for another (120) |
 """
 
 import ctypes

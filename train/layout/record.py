@@ -38,10 +38,11 @@ def record(config: RunConfig, run_dir: Path) -> RankFacts:
         config: validated, for as many ranks as the default group has, with train.log_every=1.
     """
     assert config.train.log_every == 1, config.train.log_every
-    set_deterministic(config.train.deterministic, compiling=config.parallel.compile)
+    backend = resolve(config.backend.name)
+    set_deterministic(config.train.deterministic, backend, compiling=config.parallel.compile)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     info = RankInfo(rank, ranks, rank, ranks)
-    trainer = build_trainer(config, run_dir, resolve(config.backend.name), info, Console(enabled=False))
+    trainer = build_trainer(config, run_dir, backend, info, Console(enabled=False))
     # What torch says of its own future, and of how it gathers for us, says nothing of the layout.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     try:

@@ -49,10 +49,11 @@ def record(config: RunConfig, run_dir: Path, stand_at: int, kill_at: int | None 
             updated, once the checkpoint of `stand_at` is published. Nobody returns then.
     """
     assert config.train.log_every == 1, config.train.log_every
-    set_deterministic(config.train.deterministic, compiling=config.parallel.compile)
+    backend = resolve(config.backend.name)
+    set_deterministic(config.train.deterministic, backend, compiling=config.parallel.compile)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     info = RankInfo(rank, ranks, rank, ranks)
-    trainer = build_trainer(config, run_dir, resolve(config.backend.name), info, Console(enabled=False))
+    trainer = build_trainer(config, run_dir, backend, info, Console(enabled=False))
     if kill_at is not None and rank == ranks - 1:
         _arrange_death(trainer, run_dir, stand_at, kill_at)
     # What torch says of its own future, and of how it gathers for us, says nothing of the run.

@@ -20,9 +20,9 @@ namespace {
 constexpr int kHcclFailedOnDevice = 507899;
 }
 
-HcclResult Communicator::open(const std::string &id, int size, int rank) {
+HcclResult Communicator::open(const std::string &id, int size, int rank, const GroupSettings &settings) {
     id_ = id;
-    std::string wrong = mesh_.open(id, size, rank);
+    std::string wrong = mesh_.open(id, size, rank, settings);
     if (wrong.empty()) return HCCL_SUCCESS;
     software_npu_report_error(0, ("rank " + std::to_string(rank) + " of a new group of " + std::to_string(size) + ": " + wrong).c_str());
     return failure_ = HCCL_E_TIMEOUT;
@@ -111,9 +111,10 @@ namespace {
 
 Communicator *of(HcclComm communicator) { return static_cast<Communicator *>(communicator); }
 
-HcclResult make(const std::string &id, uint32_t size, uint32_t rank, HcclComm *communicator) {
+HcclResult make(
+    const std::string &id, uint32_t size, uint32_t rank, const HcclCommConfig *config, HcclComm *communicator) {
     auto made = std::make_unique<Communicator>();
-    HcclResult result = made->open(id, size, rank);
+    HcclResult result = made->open(id, size, rank, software_npu::settings_of(config));
     if (result == HCCL_SUCCESS) *communicator = made.release();
     return result;
 }
@@ -131,15 +132,15 @@ HcclResult HcclGetRootInfo(HcclRootInfo *info) {
     return HCCL_SUCCESS;
 }
 HcclResult HcclCommInitRootInfo(uint32_t size, const HcclRootInfo *info, uint32_t rank, HcclComm *communicator) {
-    return make(info->internal, size, rank, communicator);
+    return make(info->internal, size, rank, nullptr, communicator);
 }
 HcclResult HcclCommInitRootInfoConfig(
-    uint32_t size, const HcclRootInfo *info, uint32_t rank, const HcclCommConfig *, HcclComm *communicator) {
-    return make(info->internal, size, rank, communicator);
+    uint32_t size, const HcclRootInfo *info, uint32_t rank, const HcclCommConfig *config, HcclComm *communicator) {
+    return make(info->internal, size, rank, config, communicator);
 }
 HcclResult HcclCreateSubCommConfig(
-    HcclComm *parent, uint32_t size, uint32_t *, uint64_t id, uint32_t rank, HcclCommConfig *, HcclComm *communicator) {
-    return make(of(*parent)->id() + "." + std::to_string(id), size, rank, communicator);
+    HcclComm *parent, uint32_t size, uint32_t *, uint64_t id, uint32_t rank, HcclCommConfig *config, HcclComm *made) {
+    return make(of(*parent)->id() + "." + std::to_string(id), size, rank, config, made);
 }
 HcclResult HcclCommDestroy(HcclComm communicator) {
     delete of(communicator);

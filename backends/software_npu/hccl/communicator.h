@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "settings.h"
 #include "transport.h"
 
 namespace software_npu {
@@ -21,7 +22,7 @@ struct Part {
 
 class Communicator {
    public:
-    HcclResult open(const std::string &id, int size, int rank);
+    HcclResult open(const std::string &id, int size, int rank, const GroupSettings &settings);
     int size() const { return mesh_.size; }
     int rank() const { return mesh_.rank; }
     const std::string &id() const { return id_; }

@@ -27,7 +27,12 @@ struct Envelope {
     uint64_t bytes;
 };
 
-int timeout_s() { return static_cast<int>(number("SOFTWARE_NPU_HCCL_TIMEOUT_S", 120)); }
+// 0 lifts a timeout, here to three weeks.
+Clock::time_point deadline_of(long timeout_s) {
+    return Clock::now() + (timeout_s ? std::chrono::seconds(timeout_s) : std::chrono::hours(500));
+}
+
+std::string waited(long timeout_s) { return "waited " + std::to_string(timeout_s) + " s for "; }
 
 bool read_all(int socket, void *to, size_t bytes) {
     for (auto *place = static_cast<char *>(to); bytes;) {
@@ -106,9 +111,10 @@ std::string Mesh::name(int which) const {
     return world_rank == which ? known : known + " (" + place + ")";
 }
 
-std::string Mesh::open(const std::string &id, int size_, int rank_) {
+std::string Mesh::open(const std::string &id, int size_, int rank_, const GroupSettings &settings_) {
     size = size_;
     rank = rank_;
+    settings = settings_;
     for (int other = 0; other < size; other++) peers_.push_back(std::make_unique<Peer>());
     peers_[rank]->world_rank = static_cast<int>(number("RANK", -1));
     std::string failure = join(id);
@@ -128,7 +134,7 @@ bool Mesh::greet(int socket, int world_rank, int &their_rank, int &their_world_r
 
 // Each process calls those of lower rank and is called by those of higher rank.
 std::string Mesh::join(const std::string &id) {
-    auto deadline = Clock::now() + std::chrono::seconds(timeout_s());
+    auto deadline = deadline_of(settings.connect_timeout_s);
     Address mine(id, rank);
     int listening = new_socket();
     if (bind(listening, mine.get(), mine.length) || listen(listening, size)) {
@@ -147,14 +153,14 @@ std::string Mesh::join(const std::string &id) {
             continue;
         }
         close(calling);
-        if (Clock::now() > deadline) failure = "waited " + std::to_string(timeout_s()) + " s for " + name(lower);
+        if (Clock::now() > deadline) failure = waited(settings.connect_timeout_s) + name(lower);
         usleep(kRetryUs);
     }
     for (int missing = size - rank - 1; missing > 0 && failure.empty(); missing--) {
         pollfd waiting{listening, POLLIN, 0};
         auto left_ms = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
         if (poll(&waiting, 1, std::max<long>(left_ms, 0)) <= 0) {
-            failure = "waited " + std::to_string(timeout_s()) + " s for " + std::to_string(missing) + " higher rank(s)";
+            failure = waited(settings.connect_timeout_s) + std::to_string(missing) + " higher rank(s)";
             break;
         }
         int called = accept4(listening, nullptr, nullptr, SOCK_CLOEXEC), who = -1, world_rank = -1;
@@ -235,7 +241,7 @@ std::string Mesh::receive(int from, const Call &expected, uint64_t bytes, Messag
     Peer &peer = *peers_[from];
     bool is_send = expected.kind == Kind::send;
     std::string mine = name(rank) + " in " + describe(expected, bytes);
-    auto deadline = Clock::now() + std::chrono::seconds(timeout_s());
+    auto deadline = deadline_of(settings.exec_timeout_s);
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
         auto found = peer.arrived.begin();
@@ -247,7 +253,7 @@ std::string Mesh::receive(int from, const Call &expected, uint64_t bytes, Messag
         }
         if (peer.gone) return mine + ": " + name(from) + " is gone";
         if (arrived_.wait_until(lock, deadline) == std::cv_status::timeout) {
-            return mine + ": waited " + std::to_string(timeout_s()) + " s for " + name(from);
+            return mine + ": " + waited(settings.exec_timeout_s) + name(from);
         }
     }
     if (agree(expected, message.call) && message.data.size() == bytes) return "";

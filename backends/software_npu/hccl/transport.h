@@ -11,6 +11,8 @@
 #include <thread>
 #include <vector>
 
+#include "settings.h"
+
 namespace software_npu {
 
 enum class Kind : uint32_t { all_reduce, broadcast, reduce_scatter, scatter, all_gather, all_to_all, reduce, barrier, send };
@@ -38,7 +40,7 @@ class Mesh {
     ~Mesh();
 
     // Meet the `size` processes that were given the same `id`. Returns what went wrong, empty where nothing did.
-    std::string open(const std::string &id, int size, int rank);
+    std::string open(const std::string &id, int size, int rank, const GroupSettings &settings);
     std::string send(int to, const Call &call, const void *data, uint64_t bytes);
     // The next message of `from` that is (or is not) a send.
     std::string receive(int from, const Call &expected, uint64_t bytes, Message &message);
@@ -47,6 +49,7 @@ class Mesh {
     std::string name(int rank) const;
 
     int size = 0, rank = 0;
+    GroupSettings settings;
 
    private:
     struct Peer {
