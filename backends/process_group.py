@@ -49,8 +49,6 @@ def joined(backend: Backend, config: BackendConfig, info: RankInfo) -> Iterator[
     Raises:
         ConfigError: the rendezvous address is missing, or the environment contradicts `config`.
     """
-    backend.set_up(info.local_rank, info.local_world_size, config.threads)
-    timeout = backend.prepare_groups(config)
     store: dist.Store
     if info.world_size == 1:
         store = dist.HashStore()
@@ -59,14 +57,25 @@ def joined(backend: Backend, config: BackendConfig, info: RankInfo) -> Iterator[
         rule = "several ranks meet at MASTER_ADDR:MASTER_PORT, which are not both set"
         raise ConfigError("MASTER_ADDR", shown, rule, "start the ranks with torchrun, or with launch.nproc_per_node")
     else:
-        store = _meet(info, timeout)
-    dist.init_process_group(
-        backend.process_groups(), rank=info.rank, world_size=info.world_size, store=store, timeout=timeout
-    )
+        store = _meet(info, timedelta(seconds=config.timeout_s))
+    enter_group(backend, config, info, store)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def enter_group(backend: Backend, config: BackendConfig, info: RankInfo, store: dist.Store) -> None:
+    """Take the device and make the default process group with the ranks that meet at `store`. Collective.
+
+    Raises:
+        ConfigError: the device is not there, or the environment contradicts `config`.
+    """
+    backend.set_up(info.local_rank, info.local_world_size, config.threads)
+    timeout = backend.prepare_groups(config)
+    dist.init_process_group(
+        backend.process_groups(), rank=info.rank, world_size=info.world_size, store=store, timeout=timeout
+    )
 
 
 def _meet(info: RankInfo, timeout: timedelta) -> dist.Store:

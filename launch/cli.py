@@ -4,6 +4,7 @@ It imports nothing heavy, so that help comes at once; each verb imports what it 
 """
 
 import difflib
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -64,6 +65,14 @@ def _run(argv: list[str]) -> int:
     elif {"--help", "-h"} & set(rest):
         print(verify_usage(rest[0]) if verb == "verify" and rest[0] in VERIFY_SUBJECTS else VERBS[verb][1], end="")
     else:
+        if verb != "doctor":
+            # Backends import torch's extensions by themselves, and say what is wrong: torch_npu without CANN ends
+            # `import torch`, whatever the verb. The doctor looks at what the user's own programs would find.
+            os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+        if verb in WITHOUT_JOB:
+            from octofold.launch.software_npu import enter_if_named
+
+            rest = enter_if_named(rest)
         return VERBS[verb][0](rest)
     return 0
 
@@ -155,3 +164,5 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "doctor": (_doctor, DOCTOR_USAGE),
     "rank-table": (_rank_table, RANK_TABLE_USAGE),
 }
+WITHOUT_JOB = ("sample", "report", "inspect", "export", "doctor", "rank-table")
+"""Verbs that take no keys of a job, but for those that ask for the software NPU."""

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 
 from octofold.backends.ascend_soc import capabilities
 from octofold.backends.errors import UserError
+from octofold.backends.software_npu.activate import is_active
 from octofold.launch.doctor_ascend_files import (
     cann_home,
     cann_version,
@@ -19,6 +20,7 @@ from octofold.launch.doctor_matrix import CANN_DRIVERS, TORCH_NPU_CANN
 from octofold.launch.doctor_torch import installed, numbers
 
 ABSENT = "nothing of Ascend is here"
+STOOD_IN_FOR = "the software NPU stands in for it (docs/ascend.md)"
 
 NO_TORCH_NPU = Problem(WARN, "an Ascend device or CANN is here, and torch_npu is not", "pip install -e '.[ascend]'")
 MISMATCH = Problem(
@@ -65,6 +67,9 @@ NO_OPERATORS = Problem(
 
 
 def check_cann(here: Surroundings) -> Iterator[Finding]:
+    if is_active(here.environ):
+        yield ok(STOOD_IN_FOR)
+        return
     npu, home = installed("torch-npu"), cann_home(here.environ)
     known = TORCH_NPU_CANN.get(numbers(npu)[:2], ()) if npu else ()
     wanted = ".".join(map(str, known[0])) if known else "as torch_npu's release notes say"
@@ -113,6 +118,9 @@ FORBIDDEN = Problem(
 
 
 def check_driver(here: Surroundings) -> Iterator[Finding]:
+    if is_active(here.environ):
+        yield ok(STOOD_IN_FOR)
+        return
     path, home = driver_file(here.environ), cann_home(here.environ)
     if path is None:
         yield NO_DRIVER.found() if here.ascend else ok(ABSENT)
@@ -152,7 +160,8 @@ def check_soc(here: Surroundings) -> Iterator[Finding]:
             yield split(UNKNOWN_SOC, unknown)
             return
         fp8 = "" if able.fp8 else "; precision=fp8_* needs precision.arithmetic=storage or emulate"
-        yield ok(f"{len(devices)} x {able.device_name}: {', '.join(able.native())}{fp8}")
+        kind = "software NPU as " if is_active(here.environ) else ""
+        yield ok(f"{len(devices)} x {kind}{able.device_name}: {', '.join(able.native())}{fp8}")
 
 
 def split(problem: Problem, error: UserError) -> Finding:

@@ -4,6 +4,7 @@ That process may die or hang with a broken installation, which must not take `oc
 """
 
 import json
+import os
 from typing import Any
 
 
@@ -19,6 +20,10 @@ def facts() -> dict[str, Any]:
     """Of the torch that this interpreter imports."""
     import torch
 
+    if "OCTOFOLD_SOFTWARE_NPU" in os.environ:
+        from octofold.backends.software_npu.activate import activate
+
+        activate()
     said: dict[str, Any] = {"torch": torch.__version__, "cuda_build": torch.version.cuda}
     if torch.version.cuda and torch.cuda.is_available():
         said["cuda"] = device_facts(torch.cuda)

@@ -1,9 +1,10 @@
 """`octofold sample RUN PROMPT`: what the user may set, and the run it reads. Torch-free until the text is made."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from octofold.backends.errors import ConfigError, UserError
+from octofold.backends.software_npu.activate import is_active
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ def run(run_name: str, prompt: str, overrides: list[str]) -> str:
         rule = "  rule:   a sample is drawn from a checkpoint (checkpoints/step_N)"
         raise UserError(f"{run_dir} holds no checkpoint\n{rule}\n  remedy: train on with resume={run_name}")
     enter_if_asked(config.backend)
+    if is_active():
+        # The run may have been trained elsewhere.
+        config = replace(config, backend=replace(config.backend, name="ascend", software=True))
     from octofold.train.sampling import sample
 
     return sample(

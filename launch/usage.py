@@ -178,7 +178,7 @@ sharded safetensors with an index, config.json, tokenizer, model card. Prints th
 
 
 DOCTOR_USAGE = """\
-usage: octofold doctor [FOLDER] [--json]
+usage: octofold doctor [FOLDER] [--json] [backend=ascend backend.software=true]
 
 Checks this machine and the environment that a job would have: Python, torch, CUDA and NCCL; torch_npu, CANN, the Ascend
 driver and chip; ranks, rank table and HCCL's variables; interfaces and ports; processor, memory, disk, clock. What is
@@ -186,6 +186,7 @@ wrong comes with its remedy. Run it as a job would be, so that it sees what the 
 
   FOLDER     where runs are to be written; default: runs
   --json     for programs: {"ok": ..., "findings": [{"status", "what", "remedy", "name"}, ...]}
+  backend=ascend backend.software=true    as a run on the software NPU would find it (docs/ascend.md)
 
 exit status: 0 nothing fails (there may be warnings), 1 something does
 """

@@ -21,11 +21,12 @@ from octofold.backends.errors import ConfigError, UserError
 from octofold.launch.config import JobConfig
 from octofold.launch.job import draft, settle
 from octofold.launch.run_folder import make_run_folder, write_config
+from octofold.launch.software_npu import enter_if_asked
 from octofold.launch.verify import VerifyConfig
 from octofold.launch.verify_runs import degrees, emulated, plain, warm_ranks
 from octofold.parallel.config import ParallelConfig
 from octofold.train.config import PrecisionConfig, RunConfig, validate
-from octofold.train.layout.twin import shrunk, smallest_world, twin
+from octofold.train.layout.twin import proving, shrunk, smallest_world, twin
 
 if TYPE_CHECKING:
     from octofold.parallel.local_ranks import LocalRanks
@@ -51,6 +52,7 @@ def verify_layout(
         UserError: a configuration that cannot be honoured.
     """
     asked = _asked(texts, config_dirs)
+    enter_if_asked(asked.backend)
     small = shrunk(asked.parallel, settings.ranks)
     ranks = smallest_world(small)
     if ranks == 1:
@@ -59,7 +61,7 @@ def verify_layout(
     precision = _precision(settings, asked)
     folder = make_run_folder(asked if asked.run_dir else replace(asked, name="verify-layout"))
     proofs: dict[int, Proof | Fp8Proof] = {}
-    with warm_ranks() as on:
+    with warm_ranks(proving(asked.backend)) as on:
         for number in range(settings.seeds):
             seed = asked.train.seed + number
             scratch = folder / f"seed_{seed}" if number else folder

@@ -20,17 +20,17 @@ from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octofold.backends.config import BackendConfig
 from octofold.backends.errors import ConfigError, UserError
 from octofold.launch.compose import apply, parse
 from octofold.launch.config import JobConfig
 from octofold.launch.job import draft, settle
 from octofold.launch.run_folder import make_run_folder, write_config
+from octofold.launch.software_npu import enter_if_asked
 from octofold.launch.verify import VerifyConfig
 from octofold.launch.verify_runs import degrees, emulated, plain, warm_ranks
 from octofold.parallel.config import DENSE_DEGREES, ParallelConfig, resolve
 from octofold.train.config import PrecisionConfig, validate
-from octofold.train.layout.twin import shrunk, smallest_world, twin
+from octofold.train.layout.twin import proving, shrunk, smallest_world, twin
 
 if TYPE_CHECKING:
     from octofold.parallel.local_ranks import LocalRanks
@@ -75,6 +75,7 @@ def verify_resume(
         UserError: a configuration that cannot be honoured, or a run that failed.
     """
     asked = _asked(texts, config_dirs)
+    enter_if_asked(asked.backend)
     steps = settings.steps or STEPS
     if steps < 2:
         raise ConfigError("verify.steps", steps, "a step before the kill and one after it", f"verify.steps={STEPS}")
@@ -85,7 +86,7 @@ def verify_resume(
     layouts = _Layouts(own, _other(settings, own))
     folder = make_run_folder(asked if asked.run_dir else replace(asked, name="verify-resume"))
     proofs: dict[str, Proof] = {}
-    with warm_ranks() as on:
+    with warm_ranks(proving(asked.backend)) as on:
         for number in range(settings.seeds):
             of_seed = replace(asked, train=replace(asked.train, seed=asked.train.seed + number))
             scratch = folder / f"seed_{of_seed.train.seed}" if number else folder
@@ -175,7 +176,7 @@ def _as_it_is(config: JobConfig, folder: Path, steps: int, precision: PrecisionC
     train = replace(config.train, steps=steps, log_every=1, eval_every=0, sample_tokens=0)
     train = replace(train, deterministic=True, wandb=False, tensorboard=False)
     # One thread a rank: how a sum is split over threads decides its last bits.
-    backend = BackendConfig(name="cpu", threads=1, all_reduce=config.backend.all_reduce)
+    backend = proving(config.backend)
     moments = "fp32" if precision.name == "fp64" else config.optim.moments
     optim = replace(config.optim, moments=moments)
     return replace(config, train=train, backend=backend, precision=precision, optim=optim)

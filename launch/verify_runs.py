@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from octofold.backends.config import BackendConfig
 from octofold.parallel.config import ParallelConfig
 from octofold.train.config import PrecisionConfig
 
@@ -17,14 +18,14 @@ SMALL_BLOCK = 16
 
 
 @contextmanager
-def warm_ranks() -> "Iterator[Callable[[int], LocalRanks]]":
-    """The processes by their number, started when first asked for and ended with the context."""
+def warm_ranks(backend: BackendConfig) -> "Iterator[Callable[[int], LocalRanks]]":
+    """The processes by their number, started on `backend` when first asked for and ended with the context."""
     from octofold.parallel.local_ranks import LocalRanks
     from octofold.train.layout.prove import IMPORTS
 
     warm: dict[int, LocalRanks] = {}
     try:
-        yield lambda ranks: warm.setdefault(ranks, LocalRanks(ranks, IMPORTS))
+        yield lambda ranks: warm.setdefault(ranks, LocalRanks(ranks, IMPORTS, backend))
     finally:
         for started in warm.values():
             started.close()

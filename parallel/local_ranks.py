@@ -1,6 +1,6 @@
 """Ranks on this machine, started once and kept warm: what proofs of layouts run on.
 
-Each rank is a process of its own with one torch thread, joined to the others in a gloo group. What it is asked and
+Each rank is a process of its own, joined to the others in a group (of gloo, by default). What it is asked and
 answers is pickled, between these processes alone; no pickle is read from a file.
 """
 
@@ -21,10 +21,11 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from octofold.backends import gloo
+from octofold.backends.config import BackendConfig
+from octofold.backends.process_group import RankInfo, enter_group
+from octofold.backends.registry import resolve
 
 START_TIMEOUT_S = 120.0
 """Each process imports torch first, which takes seconds on a busy machine."""
@@ -36,6 +37,8 @@ STACKS_SIGNAL = signal.SIGUSR1
 HOST = "127.0.0.1"
 STREAMS = (1, 2)
 """Descriptors of stdout and stderr."""
+CPUS = BackendConfig(name="cpu", threads=1, timeout_s=1800.0)
+"""What ranks are by default; how a sum is split over threads decides its last bits."""
 
 
 class RankError(RuntimeError):
@@ -50,11 +53,13 @@ class LocalRanks:
         imports: modules that the ranks will need, imported once in a server that the ranks are forked from: each would
             take seconds over them. This process has one such server, which imports what it was first asked to.
             Without them, each rank is a fresh interpreter, which sees the environment before any module does.
+        backend: what they join on.
     """
 
-    def __init__(self, ranks: int, imports: Sequence[str] = ()) -> None:
+    def __init__(self, ranks: int, imports: Sequence[str] = (), backend: BackendConfig = CPUS) -> None:
         assert ranks >= 1, ranks
         self.ranks = ranks
+        self._backend = backend
         self._imports = list(imports)
         self._processes: list[BaseProcess] = []
         self._connections: list[Connection] = []
@@ -69,7 +74,7 @@ class LocalRanks:
     def run(self, function: Callable[..., Any] | str, *args: Any, timeout_s: float = 120.0) -> list[Any]:
         """Call `function(*args)` on every rank and return the results in the order of ranks.
 
-        The default process group (gloo) spans all ranks. It lives as long as the processes: torch caches tensor
+        The default process group spans all ranks. It lives as long as the processes: torch caches tensor
         layouts with their groups, so a group that came back under another name would be taken for an old one.
 
         Args:
@@ -114,7 +119,7 @@ class LocalRanks:
             ours, theirs = context.Pipe()
             # The server was started with the environment and the streams of another moment.
             place = dict(os.environ), [_Stream(number) for number in STREAMS]
-            arguments = (theirs, rank, self.ranks, self._store.port, *place)
+            arguments = (theirs, rank, self.ranks, self._store.port, self._backend, *place)
             # Daemons: a parent that forgets to close ends them when it exits.
             process = context.Process(target=_serve, args=arguments, name=f"rank {rank}", daemon=True)
             self._connections.append(ours)
@@ -192,7 +197,13 @@ def _received(descriptor: Any) -> int:
 
 
 def _serve(
-    connection: Connection, rank: int, ranks: int, port: int, environment: dict[str, str], streams: list[int]
+    connection: Connection,
+    rank: int,
+    ranks: int,
+    port: int,
+    backend: BackendConfig,
+    environment: dict[str, str],
+    streams: list[int],
 ) -> None:
     """Life of a rank: join, then answer requests until the connection or the parent ends."""
     os.environ.clear()
@@ -207,8 +218,7 @@ def _serve(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()  # a crash says where
     faulthandler.register(STACKS_SIGNAL)
-    torch.set_num_threads(1)
-    dist.init_process_group(gloo.register(), store=dist.TCPStore(HOST, port), rank=rank, world_size=ranks)
+    enter_group(resolve(backend.name), backend, RankInfo(rank, ranks, rank, ranks), dist.TCPStore(HOST, port))
     connection.send_bytes(pickle.dumps((True, None)))
     with suppress(EOFError):
         while True:

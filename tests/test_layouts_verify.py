@@ -20,7 +20,7 @@ from octofold.train.layout.twin import shrunk, smallest_world, twin
 @pytest.fixture(autouse=True)
 def _warm(ranks, monkeypatch):
     """The ranks of other tests: starting processes takes longer than anything else here."""
-    monkeypatch.setattr("octofold.launch.verify_layout.warm_ranks", lambda: nullcontext(ranks))
+    monkeypatch.setattr("octofold.launch.verify_layout.warm_ranks", lambda _: nullcontext(ranks))
 
 
 TINY = ["model=tiny", "model.num_hidden_layers=2", "verify.steps=2"]

@@ -25,7 +25,7 @@ from octofold.train.resume.prove import Job, Proof, courses, judge, kill, resume
 @pytest.fixture(autouse=True)
 def _warm(ranks, monkeypatch):
     """The ranks of other tests: starting processes takes longer than anything else here."""
-    monkeypatch.setattr("octofold.launch.verify_resume.warm_ranks", lambda: nullcontext(ranks))
+    monkeypatch.setattr("octofold.launch.verify_resume.warm_ranks", lambda _: nullcontext(ranks))
 
 
 SMALL = ["model=tiny", "model.num_hidden_layers=2", "parallel.expert=2", "verify.steps=4"]

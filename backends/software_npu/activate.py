@@ -14,6 +14,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,9 @@ def environment(folder: Path, given: Mapping[str, str]) -> dict[str, str]:
     return added
 
 
-def is_active() -> bool:
-    """Whether this process was started to run on the software NPU."""
-    return FOLDER in os.environ
+def is_active(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether a process with this environment was started to run on the software NPU."""
+    return FOLDER in environ
 
 
 def activate() -> None:
@@ -68,7 +69,10 @@ def activate() -> None:
     for name in (ACL, HCCL, *others):
         ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL)
     import torch
-    import torch_npu  # noqa: F401
+
+    # It prints that there is no CANN, and programs read what a verb prints.
+    with redirect_stdout(sys.stderr):
+        import torch_npu  # noqa: F401
 
     torch.ops.load_library(str(folder / OPERATORS))
     torch.ops.octofold_software_npu.install()

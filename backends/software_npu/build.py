@@ -16,8 +16,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import mkdtemp
 
-from filelock import FileLock
-
 from octofold.backends.errors import UserError
 
 SOURCES = Path(__file__).parent
@@ -37,6 +35,9 @@ def build() -> Path:
     """
     folder = _cache() / _key()
     if not folder.exists():
+        # Here, since the doctor looks at this file where nothing is installed.
+        from filelock import FileLock
+
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.exists():

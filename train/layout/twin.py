@@ -192,13 +192,19 @@ def _small_optim(optim: OptimConfig, precision: PrecisionConfig) -> OptimConfig:
 
 
 def _small_backend(config: RunConfig) -> BackendConfig:
-    """CPUs; two nodes where experts are reached over several."""
+    """CPUs, or software NPUs; two nodes where experts are reached over several."""
     ranks = prod(getattr(config.parallel, name) for name in DENSE_DEGREES)
     several = 0 < config.backend.ranks_per_node < ranks
     several = several or config.parallel.expert_route == "two_stage" or config.backend.all_reduce == "hierarchical"
     # One thread a rank: how a sum is split over threads decides its last bits.
     nodes = ranks // 2 if several and ranks % 2 == 0 else 0
-    return BackendConfig(name="cpu", threads=1, ranks_per_node=nodes, all_reduce=config.backend.all_reduce)
+    return replace(proving(config.backend), ranks_per_node=nodes)
+
+
+def proving(asked: BackendConfig) -> BackendConfig:
+    """What ranks of a proof are: CPUs, or software NPUs where those are asked for; whose nodes are not given."""
+    name = "ascend" if asked.software else "cpu"
+    return BackendConfig(name=name, software=asked.software, threads=1, all_reduce=asked.all_reduce)
 
 
 def _small_data(data: DataConfig, parallel: ParallelConfig, folder: Path) -> DataConfig:
