@@ -3,7 +3,7 @@
 #   make train                       install, then pretrain the quickstart model and draw its plots (continues where it stopped)
 #   make test | make test-slow       the default suite | the proofs that take minutes
 #   make test-ascend                 the Ascend suite, on a software NPU, in an environment of its own
-#   make lint                        ruff, mypy
+#   make lint                        ruff, mypy, hadolint
 #   make clean                       remove the environments, caches and the quickstart's run folder
 #
 # PIP_OPTIONS goes to pip as it is: make train PIP_OPTIONS="--index-url ..."; PYTHON chooses the interpreter.
@@ -77,10 +77,11 @@ test-ascend: $(ASCEND_VENV)/.dev
 	@$(ASCEND_PYTHON) -m pytest -m "ascend and not slow"
 
 lint: $(VENV)/.dev
-	@echo "octofold: ruff and mypy"
+	@echo "octofold: ruff, mypy and hadolint"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/hadolint docker/*.Dockerfile
 
 format: $(VENV)/.dev
 	@$(BIN)/ruff check --fix .

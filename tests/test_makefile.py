@@ -92,7 +92,7 @@ def test_help_is_the_default_and_shows_the_head_of_the_makefile(checkout):
         ("test", ["python -m pytest -n logical --maxprocesses 4 --dist loadfile"]),
         ("test-slow", ['python -m pytest -n 2 --dist loadfile -m "slow and not ascend" -rP']),
         ("test-matrix", ["python -m pytest -m matrix -rP"]),
-        ("lint", ["ruff check .", "ruff format --check .", "mypy"]),
+        ("lint", ["ruff check .", "ruff format --check .", "mypy", "hadolint docker/*.Dockerfile"]),
         ("format", ["ruff check --fix .", "ruff format ."]),
     ],
 )
