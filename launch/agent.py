@@ -16,7 +16,7 @@ from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, Worke
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
-from torch.distributed.elastic.rendezvous import RendezvousParameters, registry
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters, registry
 
 from octofold.launch.config import LaunchConfig
 from octofold.launch.failures import USERS_MISTAKE, Failure, clear_notes, first_failure
@@ -29,21 +29,33 @@ MONITOR_INTERVAL_S = 0.1
 class RankAgent(LocalElasticAgent):
     """Starts the ranks of a run that never outlive this process, and leaves their output as it is."""
 
-    def __init__(self, launch: LaunchConfig, run_dir: Path) -> None:
+    def __init__(
+        self,
+        launch: LaunchConfig,
+        run_dir: Path,
+        meeting: RendezvousHandler | None = None,
+        address: str = "localhost",
+        options: tuple[str, ...] = (),
+    ) -> None:
+        """
+        Args:
+            meeting: where the agents of several nodes meet; None: this one is alone.
+            address: of this node, for the others.
+            options: further arguments of the ranks (launch/worker.py).
+        """
         # Its lines repeat, with tracebacks, what is told at the end in one place.
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-        rendezvous = RendezvousParameters("c10d", "localhost:0", uuid.uuid4().hex, 1, 1, local_addr="localhost")
         # The agent substitutes ${local_rank} in arguments; a dollar in a path must survive that.
         path = str(run_dir).replace("$", "$$")
         spec = WorkerSpec(
             role="rank",
             local_world_size=launch.nproc_per_node,
-            rdzv_handler=registry.get_rendezvous_handler(rendezvous),
+            rdzv_handler=meeting or _alone(),
             entrypoint=sys.executable,
-            args=("-P", "-m", "octofold.launch.worker", path, os.getpid()),
+            args=("-P", "-m", "octofold.launch.worker", path, os.getpid(), *options),
             max_restarts=launch.max_restarts,
             monitor_interval=MONITOR_INTERVAL_S,
-            local_addr="localhost",
+            local_addr=address,
         )
         super().__init__(spec, DefaultLogsSpecs(os.devnull), shutdown_timeout=math.ceil(launch.stop_deadline_s))
         self.stopped_by: int | None = None
@@ -115,22 +127,27 @@ class RankAgent(LocalElasticAgent):
         return timer
 
     def _decide(self, result: RunResult) -> None:
-        before = self.failure
-        self.failure = failure = first_failure(
-            self._logs, result.failures, interrupted=self.stopped_by is not None or bool(self.killed_why)
-        )
-        same = (
-            failure is not None and before is not None and failure.cause is not None and failure.cause == before.cause
-        )
-        if self.stopped_by is not None or failure is None or failure.status == USERS_MISTAKE or same:
+        interrupted = self.stopped_by is not None or bool(self.killed_why)
+        failure = first_failure(self._logs, result.failures, interrupted=interrupted)
+        if not self._is_worth_restart(failure):
             self._remaining_restarts = 0
         elif self._remaining_restarts:
-            number = self._max_restarts - self._remaining_restarts + 1
-            print(f"octofold: {failure.message}", file=sys.stderr)
-            print(
-                f"octofold: restart {number} of launch.max_restarts={self._max_restarts}", file=sys.stderr, flush=True
-            )
+            assert failure is not None
+            self._tell_restart(failure.message)
             clear_notes(self._logs)
+        self.failure = failure
+
+    def _is_worth_restart(self, failure: Failure | None) -> bool:
+        """Whether what failed may go well the next time."""
+        before = self.failure
+        if self.stopped_by is not None or failure is None or failure.status == USERS_MISTAKE:
+            return False
+        return before is None or failure.cause is None or failure.cause != before.cause
+
+    def _tell_restart(self, message: str) -> None:
+        number = self._max_restarts - self._remaining_restarts + 1
+        print(f"octofold: {message}", file=sys.stderr)
+        print(f"octofold: restart {number} of launch.max_restarts={self._max_restarts}", file=sys.stderr, flush=True)
 
     def _kill(self, reason: str) -> None:
         self.killed_why = self.killed_why or reason
@@ -138,6 +155,11 @@ class RankAgent(LocalElasticAgent):
 
     def _pids(self) -> list[int]:
         return [worker.id for worker in self.get_worker_group().workers if worker.id]
+
+
+def _alone() -> RendezvousHandler:
+    rendezvous = RendezvousParameters("c10d", "localhost:0", uuid.uuid4().hex, 1, 1, local_addr="localhost")
+    return registry.get_rendezvous_handler(rendezvous)
 
 
 def kill_groups(pids: list[int]) -> None:

@@ -15,6 +15,7 @@ from octofold.launch.usage import (
     EXPORT_USAGE,
     IMPORT_USAGE,
     INSPECT_USAGE,
+    LAUNCH_USAGE,
     RANK_TABLE_USAGE,
     REPORT_USAGE,
     SAMPLE_USAGE,
@@ -146,6 +147,12 @@ def _trace(argv: list[str]) -> int:
     return run(argv)
 
 
+def _launch(argv: list[str]) -> int:
+    from octofold.launch.submit import run
+
+    return run(argv)
+
+
 def _train(argv: list[str]) -> int:
     from octofold.launch.train import run
 
@@ -154,6 +161,7 @@ def _train(argv: list[str]) -> int:
 
 VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, TRAIN_USAGE),
+    "launch": (_launch, LAUNCH_USAGE),
     "sample": (_sample, SAMPLE_USAGE),
     "report": (_report, REPORT_USAGE),
     "inspect": (_inspect, INSPECT_USAGE),
@@ -166,3 +174,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
 }
 WITHOUT_JOB = ("sample", "report", "inspect", "export", "doctor", "rank-table")
 """Verbs that take no keys of a job, but for those that ask for the software NPU."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

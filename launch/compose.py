@@ -246,6 +246,15 @@ def _value(override: Override) -> str:
     return "VALUE" if override.is_delete() else override.get_value_element_as_str()
 
 
+def literal_override(key: str, value: str) -> str:
+    """The override that gives a key a text as it is, whatever Hydra's grammar or OmegaConf would make of it."""
+    # OmegaConf sees ${ as an interpolation, unless a backslash stands before it, and halves those before that.
+    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    # In Hydra's quotes a backslash counts only before a quote, or at the end.
+    value = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ("\\" if found[2] else "") + found[2], value)
+    return f'{key}="{value}"'
+
+
 def _quoted(text: str) -> str:
     key, _, value = text.partition("=")
     escaped = value.replace('"', r"\"")

@@ -1,9 +1,16 @@
 """The whole job as the command line sees it: a run and how its ranks are started. Torch-free."""
 
+import re
 from dataclasses import dataclass, field
 
 from octofold.backends.errors import ConfigError
+from octofold.launch.rendezvous_config import RendezvousConfig, check_rendezvous
+from octofold.launch.ssh_config import SshConfig, check_ssh
 from octofold.train.config import RunConfig
+
+ENGINES = {"torchrun": "octofold.launch.torchrun"}
+"""What `octofold launch` starts a job with, and the module that does it (launch/submit.py)."""
+NAMES = ("local", *ENGINES)
 
 
 @dataclass(frozen=True)
@@ -11,13 +18,24 @@ class LaunchConfig:
     """The `launch` group."""
 
     name: str = "local"
+    """local: ranks of this machine. torchrun: this process is the agent of one of launch.nodes nodes."""
     nproc_per_node: int = 1
     """Ranks to start on this machine; ignored where a launcher has already started them."""
+    nodes: int = 1
+    """Machines, pods or Slurm nodes, each with nproc_per_node ranks."""
     stop_deadline_s: float = 30.0
     """Ranks save and end within this after Ctrl-C, SIGTERM or SIGUSR1; those that do not are killed."""
     max_restarts: int = 3
     """How often ranks are started again when one of them has failed, to go on from the newest valid checkpoint. Ranks
     that a launcher has started are its own to restart (torchrun --max-restarts)."""
+    dry_run: bool = False
+    """`octofold launch` prints what it would write and run, and checks it, instead of doing it."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables of the ranks, over what is set around them: launch.environment={NCCL_DEBUG:INFO}."""
+    hosts: list[str] = field(default_factory=list)
+    """Names or addresses of the nodes, the first one first."""
+    rendezvous: RendezvousConfig = field(default_factory=RendezvousConfig)
+    ssh: SshConfig = field(default_factory=SshConfig)
 
 
 @dataclass(frozen=True)
@@ -31,13 +49,42 @@ class JobConfig(RunConfig):
 
 def check(launch: LaunchConfig) -> None:
     """Raise `ConfigError` for a launcher that cannot be honoured."""
-    if launch.name != "local":
-        raise ConfigError("launch.name", launch.name, "this version starts local ranks", "launch=local")
-    if launch.nproc_per_node < 1:
-        raise ConfigError(
-            "launch.nproc_per_node", launch.nproc_per_node, "at least one rank", "launch.nproc_per_node=1"
-        )
+    if launch.name not in NAMES:
+        raise ConfigError("launch.name", launch.name, f"one of {', '.join(NAMES)}", "launch=local")
+    for key in ("nproc_per_node", "nodes"):
+        if getattr(launch, key) < 1:
+            what = {"nproc_per_node": "at least one rank", "nodes": "at least one node"}[key]
+            raise ConfigError(f"launch.{key}", getattr(launch, key), what, f"launch.{key}=1")
+    if launch.name == "local" and launch.nodes > 1:
+        shown = f"local launch.nodes={launch.nodes}"
+        rule = "local ranks are those of one machine"
+        raise ConfigError("launch.name", shown, rule, "octofold launch launch=torchrun (or slurm, kubernetes)")
     if not 0 <= launch.stop_deadline_s < float("inf"):
         raise ConfigError("launch.stop_deadline_s", launch.stop_deadline_s, "a number of seconds", "30")
     if launch.max_restarts < 0:
         raise ConfigError("launch.max_restarts", launch.max_restarts, "a count", "launch.max_restarts=0 for none")
+    _check_environment(launch.environment)
+    _check_hosts(launch)
+    check_rendezvous(launch.rendezvous, launch.nodes)
+    check_ssh(launch.ssh, launch.hosts)
+
+
+def _check_environment(environment: dict[str, str]) -> None:
+    for name, value in environment.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            rule = "names of variables are letters, digits and _"
+            raise ConfigError("launch.environment", name, rule, "launch.environment={NAME:VALUE}")
+        if "\0" in value:
+            raise ConfigError("launch.environment", name, "no variable holds a NUL character", "another value")
+
+
+def _check_hosts(launch: LaunchConfig) -> None:
+    for host in launch.hosts:
+        # What ssh, and every resolver, takes for a name; an option (-o...) is none.
+        if not re.fullmatch(r"(?!-)[A-Za-z0-9_.:%-]+", host):
+            raise ConfigError("launch.hosts", host, "names or addresses of machines", "launch.hosts=[node1,node2]")
+    if len(set(launch.hosts)) < len(launch.hosts):
+        raise ConfigError("launch.hosts", launch.hosts, "every node is a machine of its own", "each name once")
+    if launch.hosts and launch.name == "torchrun" and len(launch.hosts) != launch.nodes:
+        shown = f"{len(launch.hosts)} names launch.nodes={launch.nodes}"
+        raise ConfigError("launch.hosts", shown, "one name for each node", f"launch.nodes={len(launch.hosts)}")

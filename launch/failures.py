@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from octofold.backends.errors import UserError
 from octofold.train.stop import HANG_STATUS, HANG_VERDICT
 
 LOG_LINES_SHOWN = 15
+SECOND_NS = 10**9
 USERS_MISTAKE = 2
 """Exit status of a process that ends with a `UserError`."""
 
@@ -29,6 +31,10 @@ class Failure:
     message: str
     cause: str | None = None
     """The traceback that a rank left; None where it was killed or left nothing."""
+    rank: int | None = None
+    """The rank that failed first; None where all hung."""
+    time_ns: int = 0
+    """When, by its node's clock; of a rank that was killed, the second in which that was noticed."""
 
 
 def leave_note(logs: Path, rank: int, error: BaseException) -> None:
@@ -63,25 +69,30 @@ def leave_message(logs: Path, rank: int, message: str, *, is_users: bool = False
     draft.replace(path)
 
 
-def clear_notes(logs: Path) -> None:
-    """Forget the failures of an earlier attempt."""
+def clear_notes(logs: Path, ranks: Container[int] | None = None) -> None:
+    """Forget the failures of an earlier attempt; with `ranks` theirs only."""
     for stale in logs.glob("failure_rank_*.json"):
-        stale.unlink(missing_ok=True)
+        if ranks is None or int(stale.stem.rpartition("_")[2]) in ranks:
+            stale.unlink(missing_ok=True)
 
 
-def first_failure(logs: Path, failures: dict[int, Any], *, interrupted: bool) -> Failure | None:
+def first_failure(
+    logs: Path, failures: dict[int, Any], *, interrupted: bool, ranks: Container[int] | None = None
+) -> Failure | None:
     """The failure that the others followed from, or None if nothing failed.
 
     Args:
         logs: the run's log folder.
+        ranks: those of this node, where other nodes leave notes of theirs in the same folder.
         failures: the agent's, by rank, each with its exit code and the second in which it was noticed.
         interrupted: a signal was passed on, so that ranks dead by a signal are no failure.
     """
     hung = [rank for rank, failure in failures.items() if failure.exitcode == HANG_STATUS]
     if hung and not interrupted:
         # Calls that these broke when they ended are a consequence.
-        return Failure(1, _hang(logs, told=0 in hung))
+        return Failure(1, _hang(logs, told=0 in hung), time_ns=failures[hung[0]].timestamp * SECOND_NS)
     noted = [json.loads(path.read_text(encoding="utf-8")) for path in logs.glob("failure_rank_*.json")]
+    noted = [failure for failure in noted if ranks is None or failure["rank"] in ranks]
     if failures and not interrupted:
         first_s = min(failure.timestamp for failure in failures.values())
         for rank, failure in failures.items():
@@ -89,18 +100,20 @@ def first_failure(logs: Path, failures: dict[int, Any], *, interrupted: bool) ->
             # that the agent ended afterwards died of SIGTERM, or later.
             is_first = failure.timestamp == first_s
             if is_first and failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
-                return Failure(1, _account(logs, rank, f"died of {signal.Signals(-failure.exitcode).name}", None))
+                what = f"died of {signal.Signals(-failure.exitcode).name}"
+                return Failure(1, _account(logs, rank, what, None), rank=rank, time_ns=first_s * SECOND_NS)
     if noted:
         first = min(noted, key=lambda failure: failure["time_ns"])
+        rank, time_ns = first["rank"], first["time_ns"]
         if first["is_users"]:
-            return Failure(USERS_MISTAKE, first["message"])
-        if first["passes"]:
-            # Twice the same says nothing here: a store may be away today and in a week.
-            return Failure(1, _account(logs, first["rank"], "failed", first["message"]))
-        return Failure(1, _account(logs, first["rank"], "failed", first["message"]), first["message"])
+            return Failure(USERS_MISTAKE, first["message"], rank=rank, time_ns=time_ns)
+        # Twice the same says nothing of what passes: a store may be away today and in a week.
+        cause = None if first["passes"] else first["message"]
+        return Failure(1, _account(logs, rank, "failed", first["message"]), cause, rank, time_ns)
     if failures and not interrupted:
         rank, failure = next(iter(failures.items()))
-        return Failure(1, _account(logs, rank, f"ended with exit status {failure.exitcode}", None))
+        what, time_ns = f"ended with exit status {failure.exitcode}", failure.timestamp * SECOND_NS
+        return Failure(1, _account(logs, rank, what, None), rank=rank, time_ns=time_ns)
     return None
 
 

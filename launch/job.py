@@ -7,7 +7,7 @@ from pathlib import Path
 from octofold.backends.errors import ConfigError
 from octofold.launch.changes import Change, check_names, differences, require_allowed
 from octofold.launch.compose import apply, compose, parse
-from octofold.launch.config import JobConfig
+from octofold.launch.config import JobConfig, LaunchConfig
 from octofold.launch.config import check as check_launch
 from octofold.launch.run_folder import CONFIG_NAME, latest_run, read_config, saved_checkpoints, with_saved_values
 from octofold.train.checkpoint.folders import Folder
@@ -50,7 +50,7 @@ def draft(texts: Sequence[str], config_dirs: Sequence[str] = ()) -> JobConfig:
     """
     asked = _asked(texts)
     if asked not in (None, "auto", "???"):
-        return _continued(str(asked), texts)
+        return _continued(str(asked), texts, config_dirs)
     config = compose(texts, config_dirs)
     if config.resume not in (None, "auto"):
         raise ConfigError("resume", config.resume, "a run is named on the command line", f"resume={config.resume}")
@@ -62,23 +62,25 @@ def settle(
     config_dirs: Sequence[str] = (),
     world_size: int | None = None,
     model: ModelConfig | None = None,
+    drafted: JobConfig | None = None,
 ) -> Job:
     """The job to run, proved.
 
     Args:
         texts: overrides in Hydra's grammar.
         config_dirs: folders with further options of the groups.
-        world_size: ranks that a launcher has started; None: launch.nproc_per_node will be.
+        world_size: ranks that a launcher has started; None: those of the `launch` group will be.
         model: replaces the composed one.
+        drafted: what `draft` made of the same texts.
 
     Raises:
         UserError: see `draft`; besides, a rule that binds several keys.
     """
-    config = _absolute(draft(texts, config_dirs))
+    config = _absolute(drafted or draft(texts, config_dirs))
     config = config if model is None else replace(config, model=model)
     check_launch(config.launch)
     check_names(config.resume_allow)
-    checked = validate(config, world_size or config.launch.nproc_per_node)
+    checked = validate(config, world_size or config.launch.nodes * config.launch.nproc_per_node)
     assert isinstance(checked, JobConfig)
     if checked.resume == "auto":
         checked = _automatic(checked)
@@ -109,8 +111,11 @@ def _absolute(config: JobConfig) -> JobConfig:
     return replace(config, data=data, checkpoint=checkpoint)
 
 
-def _continued(asked: str, texts: Sequence[str]) -> JobConfig:
-    """The saved job of a named run or checkpoint, with the user's values on top."""
+def _continued(asked: str, texts: Sequence[str], config_dirs: Sequence[str]) -> JobConfig:
+    """The saved job of a named run or checkpoint, with the user's values on top.
+
+    Where it runs belongs to the start: of several nodes only the ranks of each are kept, or what `launch=` names.
+    """
     path = latest_run() if asked == "latest" else Path(asked).expanduser().absolute()
     is_checkpoint = path.parent.name == "checkpoints"
     run_dir = path.parent.parent if is_checkpoint else path
@@ -125,12 +130,24 @@ def _continued(asked: str, texts: Sequence[str]) -> JobConfig:
         remedy = f"resume={run_dir}/checkpoints/{found[-1].name}"
         raise ConfigError("resume", asked, f"the run's checkpoints are: {names}", remedy)
     # The saved degree was inferred from the ranks of that day; the ranks of today may be others.
-    saved = replace(saved, parallel=replace(saved.parallel, data_shard=-1), resume_allow=[])
-    config = apply(saved, [override for override in parse(texts) if override.key_or_group != "resume"])
+    overrides = list(zip(texts, parse(texts), strict=True))
+    chosen = [text for text, override in overrides if override.key_or_group == "launch"]
+    launch = compose(chosen, config_dirs).launch if chosen else _without_nodes(saved.launch)
+    saved = replace(saved, parallel=replace(saved.parallel, data_shard=-1), resume_allow=[], launch=launch)
+    config = apply(saved, [override for _, override in overrides if override.key_or_group not in ("resume", "launch")])
     if config.run_dir != saved.run_dir and Path(str(config.run_dir)).expanduser().absolute() != run_dir:
         shown = f"resume={asked} run_dir={config.run_dir}"
         raise ConfigError("run_dir", shown, "a continued run stays in its folder", "leave run_dir out")
     return replace(config, run_dir=str(run_dir), resume=str(named) if is_checkpoint else place)
+
+
+def _without_nodes(launch: LaunchConfig) -> LaunchConfig:
+    return LaunchConfig(
+        nproc_per_node=launch.nproc_per_node,
+        stop_deadline_s=launch.stop_deadline_s,
+        max_restarts=launch.max_restarts,
+        environment=launch.environment,
+    )
 
 
 def _automatic(config: JobConfig) -> JobConfig:

@@ -7,11 +7,17 @@ from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from octofold.backends.errors import UserError
 from octofold.launch.config import LaunchConfig
 from octofold.launch.failures import clear_notes
 from octofold.train.stop import exit_status
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.agent.server import RunResult
+
+    from octofold.launch.agent import RankAgent
 
 
 @dataclass(frozen=True)
@@ -112,8 +118,13 @@ def start_ranks(launch: LaunchConfig, run_dir: Path) -> Ended:
     (run_dir / "logs").mkdir(exist_ok=True)
     clear_notes(run_dir / "logs")
     agent = RankAgent(launch, run_dir)
-    with _rank_environment(launch.nproc_per_node), agent.handling_signals():
+    with rank_environment(launch.nproc_per_node), agent.handling_signals():
         result = agent.run()
+    return ended_with(agent, result)
+
+
+def ended_with(agent: "RankAgent", result: "RunResult") -> Ended:
+    """Tell on stderr what ended an agent's ranks, and how this process is to end."""
     if agent.killed_why:
         print(f"octofold: {agent.killed_why}; the newest complete checkpoint stands", file=sys.stderr)
     if agent.failure and result.is_failed():
@@ -125,7 +136,7 @@ def start_ranks(launch: LaunchConfig, run_dir: Path) -> Ended:
 
 
 @contextmanager
-def _rank_environment(ranks: int) -> Iterator[None]:
+def rank_environment(ranks: int) -> Iterator[None]:
     """Variables that the agent reads or hands to the ranks, set while they start and run."""
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     # The agent takes at least one signal for itself; the usual ones are handled by `RankAgent`.

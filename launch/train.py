@@ -23,6 +23,8 @@ from octofold.train.history import append
 from octofold.train.stop import exit_status
 
 RESTART_WAIT_S = 15.0
+TORCHRUN = "TORCHELASTIC_RUN_ID"
+"""Set for the ranks of an elastic agent: torchrun's, or ours."""
 
 
 def run(argv: list[str]) -> int:
@@ -36,6 +38,11 @@ def run(argv: list[str]) -> int:
         # Piped into head or a pager that closes early, they end silently like other tools.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         return _inform(options) if options.info else _show(options)
+    drafted = None if options.multirun else draft(options.overrides, options.config_dir)
+    if drafted and drafted.launch.name != "local" and TORCHRUN not in os.environ:
+        from octofold.launch.node import run_node
+
+        return run_node(drafted, options.overrides, options.config_dir)
     joined = join(os.environ)
     if options.multirun and joined:
         rule = "a launcher started this process as one rank of one job"
@@ -43,11 +50,13 @@ def run(argv: list[str]) -> int:
     if options.multirun:
         return _multirun(options)
     if joined:
-        job = settle(options.overrides, options.config_dir, joined.world_size)
+        job = settle(options.overrides, options.config_dir, joined.world_size, drafted=drafted)
         enter_if_asked(job.config.backend)
+        os.environ.update(job.config.launch.environment)
         return _join(job, joined)
-    job = settle(options.overrides, options.config_dir)
+    job = settle(options.overrides, options.config_dir, drafted=drafted)
     enter_if_asked(job.config.backend)
+    os.environ.update(job.config.launch.environment)
     return _start(job, in_process=job.config.launch.nproc_per_node == 1).status
 
 
@@ -120,7 +129,7 @@ def _start(job: Job, in_process: bool) -> Ended:
     # The attempt before this one has been killed, which other machines may learn with a delay.
     with locked(run_dir, wait_s=RESTART_WAIT_S if restarts() else 0.0):
         if not restarts():
-            _tell_changes(job, run_dir)
+            tell_changes(job, run_dir)
         return _run_locked(replace(job.config, run_dir=str(run_dir)), run_dir, in_process)
 
 
@@ -131,20 +140,20 @@ def _run_locked(config: JobConfig, run_dir: Path, in_process: bool) -> Ended:
     try:
         ended = _train_here(config, run_dir) if in_process else start_ranks(config.launch, run_dir)
     except UserError:
-        _undo(config, run_dir, previous)
+        undo(config, run_dir, previous)
         raise
     if ended.status == USERS_MISTAKE:
-        _undo(config, run_dir, previous)
+        undo(config, run_dir, previous)
     return ended
 
 
-def _undo(config: JobConfig, run_dir: Path, previous: str | None) -> None:
+def undo(config: JobConfig, run_dir: Path, previous: str | None) -> None:
     """After a user's mistake: the config.yaml of before, unless a checkpoint was saved with the new one."""
     if not has_saved(run_dir, config):
         restore_config(run_dir, previous, config.checkpoint.dir)
 
 
-def _tell_changes(job: Job, run_dir: Path) -> None:
+def tell_changes(job: Job, run_dir: Path) -> None:
     """Enter into the run's history what continues it, and print what differs from what was saved."""
     if job.config.resume is None:
         return

@@ -7,6 +7,7 @@ Pretrain DeepSeek-class mixture-of-experts models.
 
 verbs:
   train       train a model, or go on with a run
+  launch      start a job of several machines: over ssh, on Slurm, on Kubernetes
   sample      write text from a run's newest checkpoint
   report      draw a run: loss, expert load, throughput
   inspect     what a checkpoint holds, and whether it is valid
@@ -46,6 +47,19 @@ flags:
   --config-dir DIR   also look for group options in DIR, such as DIR/experiment/mine.yaml
 
 Started by torchrun, Slurm or another launcher that sets RANK and WORLD_SIZE, it joins as that rank.
+"""
+
+LAUNCH_USAGE = """\
+usage: octofold launch launch=torchrun [GROUP=OPTION ...] [KEY=VALUE ...]
+
+Proves the job that `octofold train` would run with the same overrides, and starts it on launch.nodes machines with
+launch.nproc_per_node ranks each. All find the run's folder under one path, or save to one store (checkpoint.dir).
+
+  launch=torchrun launch.nodes=2 launch.rendezvous.endpoint=node1:29400     this node; started likewise on the other
+  launch=torchrun launch.nodes=2 launch.hosts=[node1,node2] launch.ssh.enabled=true      all nodes, over ssh
+
+  launch.dry_run=true        print what would be written and run, and check it
+  launch.environment={NCCL_DEBUG:INFO}      variables of the ranks
 """
 
 SAMPLE_USAGE = """\

@@ -1,7 +1,8 @@
-"""One rank that `octofold train` started: `python -m octofold.launch.worker RUN_DIR PARENT_PID`, under torch's agent.
+"""One rank that `octofold train` started, under torch's agent: `python -m octofold.launch.worker RUN_DIR PID [logged]`.
 
-Rank 0 owns the console; the others write to RUN_DIR/logs/rank_N.log. A rank that fails leaves failure_rank_N.json
-there, with the time, so that the parent can tell the first failure from those it caused.
+PID is the agent's. Rank 0 owns the console, unless it is to be logged too; the others write to RUN_DIR/logs/rank_N.log.
+A rank that fails leaves failure_rank_N.json there, with the time, so that the parent can tell the first failure from
+those it caused.
 """
 
 import os
@@ -21,7 +22,7 @@ def main() -> int:
     die_with(parent)
     rank = int(os.environ["RANK"])
     log = run_dir / "logs" / f"rank_{rank}.log"
-    if rank:
+    if rank or "logged" in sys.argv[3:]:
         _redirect_output(log, rank)
     # Until train() handles these itself, a rank that is told to stop has nothing to save and just ends.
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,0 +1,166 @@
+"""`octofold train launch=torchrun`: this process is the agent of one node of a job, and starts the node's ranks.
+
+Every node composes the job from the same overrides. The node of rank 0 proves it, makes the run's folder and writes
+config.yaml; the others compare what they composed with what it did, and take its config.yaml.
+"""
+
+import hashlib
+import os
+import platform
+import socket
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from octofold.backends.errors import ConfigError, UserError
+from octofold.launch.addresses import interface_of
+from octofold.launch.config import JobConfig, LaunchConfig
+from octofold.launch.config import check as check_launch
+from octofold.launch.environment import settings
+from octofold.launch.failures import USERS_MISTAKE
+from octofold.launch.job import Job, settle
+from octofold.launch.local import Ended, ended_with, rank_environment
+from octofold.launch.node_agent import NodeAgent
+from octofold.launch.place import Place, find_place
+from octofold.launch.rendezvous import Meeting, connect, run_id_of
+from octofold.launch.restart import mark_start
+from octofold.launch.run_folder import CONFIG_NAME, default_run_dir, make_run_folder, to_yaml, write_config
+from octofold.launch.run_lock import locked
+from octofold.launch.train import tell_changes, undo
+
+LOCK_WAIT_S = 15.0
+"""An earlier attempt of a scheduler's job may just be ending, which other machines learn with a delay."""
+
+
+def run_node(drafted: JobConfig, texts: Sequence[str], config_dirs: Sequence[str]) -> int:
+    """Be the agent of this node until the job has ended; returns the exit status.
+
+    Args:
+        drafted: what `draft` made of the overrides `texts`.
+
+    Raises:
+        UserError: a job that cannot be run, or nodes that do not meet.
+    """
+    launch = drafted.launch
+    check_launch(launch)
+    place = find_place(launch, os.environ)
+    node = _Node(drafted, texts, config_dirs, _folder(drafted, place))
+    store = connect(place, launch)
+    meeting = Meeting(place, launch, store, run_id_of(place, node.run_dir))
+    own = settings(drafted.backend.name, interface_of(meeting.address) if launch.nodes > 1 else None, os.environ)
+    os.environ.update({setting.name: setting.value for setting in own} | launch.environment)
+    with ExitStack() as held:
+        node.held = held
+        agent = NodeAgent(launch, node.run_dir, meeting, node.facts(), node.answer, node.take)
+        try:
+            with rank_environment(launch.nproc_per_node), agent.handling_signals():
+                result = agent.run()
+            ended = ended_with(agent, result)
+        finally:
+            heard = agent.close()
+        node.settle_mistake(ended)
+    if heard:
+        meeting.shutdown()
+    return ended.status
+
+
+def _folder(drafted: JobConfig, place: Place) -> Path:
+    if drafted.resume == "latest":
+        rule = "every node must find the same run, and each would look for itself"
+        raise ConfigError("resume", "latest", rule, "resume=RUN")
+    run_dir = drafted.run_dir
+    if run_dir is None:
+        if place.id is None:
+            rule = "every node must find the same folder, and no scheduler gives the job an id"
+            raise ConfigError("run_dir", "null", rule, "run_dir=FOLDER")
+        run_dir = str(default_run_dir(drafted.name, place.id))
+    return Path(run_dir).expanduser().absolute()
+
+
+class _Node:
+    """What this node tells, answers as the leader, and takes from it."""
+
+    def __init__(self, drafted: JobConfig, texts: Sequence[str], config_dirs: Sequence[str], run_dir: Path) -> None:
+        self._drafted, self._texts, self._config_dirs = drafted, texts, config_dirs
+        self.run_dir = run_dir
+        self.held = ExitStack()
+        self._yaml: str | None = None
+        self._job: Job | None = None
+        self._previous: str | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What must be the same on every node, and this one's name."""
+        return {
+            "name": socket.gethostname(),
+            "python": platform.python_version(),
+            "torch": version("torch"),
+            "octofold": version("octofold"),
+            "launch.nproc_per_node": self._drafted.launch.nproc_per_node,
+            "configuration": config_hash(self._drafted),
+        }
+
+    def answer(self, nodes: list[dict[str, Any]]) -> dict[str, Any]:
+        """The leader's: the job's config.yaml, or why there is none."""
+        try:
+            require_alike(nodes)
+            if self._yaml is None:
+                self._yaml = self._begin()
+        except UserError as error:
+            return {"error": str(error), "status": error.status}
+        return {"config": self._yaml}
+
+    def _begin(self) -> str:
+        drafted = replace(self._drafted, run_dir=str(self.run_dir))
+        job = settle(self._texts, self._config_dirs, drafted=drafted)
+        config = replace(job.config, run_dir=str(make_run_folder(job.config, resuming=job.reuse_folder)))
+        self.held.enter_context(locked(self.run_dir, wait_s=LOCK_WAIT_S))
+        tell_changes(job, self.run_dir)
+        mark_start(self.run_dir, config)
+        self._previous = write_config(self.run_dir, config)
+        self._job = replace(job, config=config)
+        return to_yaml(config)
+
+    def take(self, said: dict[str, Any]) -> None:
+        """Every node's: end with the leader's error, or see that the run's folder here has the leader's config.yaml."""
+        if "error" in said:
+            error = UserError(said["error"])
+            error.status = said["status"]
+            raise error
+        self._yaml = said["config"]
+        path = self.run_dir / CONFIG_NAME
+        if not path.is_file() or path.read_text(encoding="utf-8") != self._yaml:
+            make_run_folder(replace(self._drafted, run_dir=str(self.run_dir)), resuming=True)
+            path.write_text(self._yaml, encoding="utf-8")
+        (self.run_dir / "logs").mkdir(exist_ok=True)
+
+    def settle_mistake(self, ended: Ended) -> None:
+        """After a user's mistake the folder is as before, so that the next attempt meets no trace of it."""
+        if ended.status == USERS_MISTAKE and self._job is not None:
+            undo(self._job.config, self.run_dir, self._previous)
+
+
+def config_hash(drafted: JobConfig) -> str:
+    """A digest of everything configured but what each node has of its own: its number, and what it starts."""
+    rendezvous = replace(drafted.launch.rendezvous, node_rank=None)
+    launch = LaunchConfig(
+        nodes=drafted.launch.nodes, nproc_per_node=drafted.launch.nproc_per_node, rendezvous=rendezvous
+    )
+    return hashlib.sha256(to_yaml(replace(drafted, launch=launch)).encode()).hexdigest()[:16]
+
+
+def require_alike(nodes: Sequence[dict[str, Any]]) -> None:
+    """Raise `UserError` naming the nodes that differ from the first, and in what."""
+    first = nodes[0]
+    lines = []
+    for key in (key for key in first if key != "name"):
+        others = [node for node in nodes if node.get(key) != first[key]]
+        if others:
+            told = ", ".join(f"{node['name']} {node.get(key)}" for node in others[:8])
+            lines.append(f"{key}: {first['name']} {first[key]}, {told}")
+    if lines:
+        shown = "\n".join(lines)
+        rule = "every node has the same versions and composes the same job"
+        raise UserError(f"nodes differ in {shown}\n  rule:   {rule}\n  remedy: start the same command everywhere")

@@ -1,0 +1,223 @@
+"""The agent of one of several nodes: what fails on one ends the attempt on all, and all start again together."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerState
+
+from octofold.launch.agent import FAILURE_GRACE_S, MONITOR_INTERVAL_S, RankAgent
+from octofold.launch.config import LaunchConfig
+from octofold.launch.console import Follower
+from octofold.launch.exchange import Exchange, bounded, of_attempt
+from octofold.launch.failures import Failure, clear_notes, first_failure
+from octofold.launch.rendezvous import Meeting, MeetingError
+
+SPARE_S = 30.0
+"""What a meeting may take beyond its own limit before its connection is taken for cut."""
+
+
+class NodeAgent(RankAgent):
+    """`RankAgent` that agrees with those of the other nodes.
+
+    The node of rank 0 leads. Any node raises the alarm; then all end their ranks and give account, and the leader says
+    which failure came first and whether another attempt is worth it.
+    """
+
+    def __init__(
+        self,
+        launch: LaunchConfig,
+        run_dir: Path,
+        meeting: Meeting,
+        told: dict[str, Any],
+        answer: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        take: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """
+        Args:
+            told: of this node, `name` among it.
+            answer: called on the leader with what all nodes told, before ranks start.
+            take: called on every node with the leader's answer; may raise `UserError`.
+        """
+        super().__init__(launch, run_dir, meeting, meeting.address, ("logged",))
+        self._meeting, self._launch, self._told_of = meeting, launch, told
+        self._answer, self._take = answer, take
+        self._exchange: Exchange | None = None
+        self._names: list[str] = []
+        self._rounds = 0
+        self._follower: Follower | None = None
+
+    def name_of(self, rank: int) -> str:
+        """The node on which a rank runs."""
+        return self._names[rank // self._launch.nproc_per_node]
+
+    def _ranks_of(self, node: int) -> range:
+        each = self._launch.nproc_per_node
+        return range(node * each, (node + 1) * each)
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        self._close()
+        arrived = self._arrive()
+        meet = super()._rendezvous
+        try:
+            bounded(lambda: meet(worker_group), self._launch.rendezvous.timeout_s + SPARE_S)
+        except (RuntimeError, TimeoutError) as error:  # torch's RendezvousError, and the store's
+            raise self._missing(arrived, error) from error
+        assert worker_group.store is not None
+        assert worker_group.group_rank is not None
+        static = self._launch.rendezvous.backend == "static"
+        store = of_attempt(worker_group.store, str(self._rounds if static else 0))
+        self._rounds += 1
+        lost_after_s = self._launch.rendezvous.lost_after_s
+        self._exchange = exchange = Exchange(
+            store, worker_group.group_rank, self._launch.nodes, lost_after_s, hosts_store=self._meeting.hosts_store
+        )
+
+        def answer(nodes: list[dict[str, Any]]) -> dict[str, Any]:
+            names = [node["name"] for node in nodes]
+            return {"names": names, "remaining": self._remaining_restarts, **self._answer(nodes)}
+
+        said = exchange.enter(self._told_of, answer, self._launch.rendezvous.timeout_s)
+        # A node that comes instead of a lost one learns how many attempts have been made.
+        self._names, self._remaining_restarts = said["names"], said["remaining"]
+        self._take(said)
+        own = self._ranks_of(exchange.node)
+        clear_notes(self._logs, own)
+        if exchange.leads and self._follower is None:
+            self._follower = Follower(self._logs / "rank_0.log")
+
+    def _arrive(self) -> int:
+        """Note that this node waits for the others; returns the number of this gathering."""
+        gathering = self._rounds
+        number = self._meeting.store.add(f"octofold/arrived/{gathering}", 1)
+        self._meeting.store.set(f"octofold/arrived/{gathering}/{number}", str(self._told_of["name"]))
+        return gathering
+
+    def _missing(self, gathering: int, error: Exception) -> MeetingError:
+        store = self._meeting.store
+
+        def arrived() -> set[str]:
+            count = store.add(f"octofold/arrived/{gathering}", 0)
+            return {store.get(f"octofold/arrived/{gathering}/{n + 1}").decode() for n in range(count)}
+
+        try:
+            here = sorted(bounded(arrived, SPARE_S))
+        except (RuntimeError, TimeoutError):
+            return MeetingError(self._explained("the store where nodes meet does not answer"))
+        away = sorted(set(self._names or self._launch.hosts) - set(here))
+        told = f"; missing: {', '.join(away)}" if away else ""
+        shown = f"{len(here)} of launch.nodes={self._launch.nodes} came: {', '.join(here)}{told}"
+        limit = f"launch.rendezvous.timeout_s={self._launch.rendezvous.timeout_s:g}"
+        remedy = "start the others, or see why they do not reach this one"
+        return MeetingError(
+            f"{shown}\n  rule:   nodes meet within {limit} ({type(error).__name__})\n  remedy: {remedy}"
+        )
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        exchange = self._exchange
+        assert exchange is not None
+        if self._follower:
+            self._follower.copy()
+        if exchange.troubled and not self._has_failed():
+            return self._end_attempt()
+        result = super()._monitor_workers(worker_group)
+        if result.state != WorkerState.SUCCEEDED:
+            return result
+        # The work of all is done once every node says so; until then one may fail, and all begin again.
+        exchange.say("done", True)
+        while exchange.seen.done < exchange.nodes:
+            if exchange.troubled:
+                return self._end_attempt()
+            time.sleep(MONITOR_INTERVAL_S)
+        return result
+
+    def _end_attempt(self) -> RunResult:
+        """End this node's ranks because of what happened elsewhere."""
+        timer = self._kill_later()
+        self._stop_workers(self._worker_group)
+        timer.cancel()
+        result = RunResult(WorkerState.FAILED)
+        self._decide(result)
+        return result
+
+    def _decide(self, result: RunResult) -> None:
+        exchange = self._exchange
+        assert exchange is not None
+        exchange.say("alarm", True)
+        interrupted = self.stopped_by is not None or bool(self.killed_why)
+        ranks = self._ranks_of(exchange.node)
+        own = first_failure(self._logs, result.failures, interrupted=interrupted, ranks=ranks)
+        exchange.say(f"account/{exchange.node}", {"failure": asdict(own) if own else None, "interrupted": interrupted})
+        verdict = self._lead(exchange) if exchange.leads else self._follow(exchange)
+        self._remaining_restarts = verdict["remaining"]
+        failure = Failure(**verdict["failure"]) if verdict["failure"] else None
+        if self._remaining_restarts:
+            assert failure is not None
+            self._tell_restart(failure.message)
+        self.failure = failure
+
+    def _lead(self, exchange: Exchange) -> dict[str, Any]:
+        """Hear the accounts of all nodes that are not lost, and judge."""
+        # A rank that ignores SIGTERM is killed after a while; a node takes no longer, or is lost.
+        deadline_s = time.monotonic() + 2 * FAILURE_GRACE_S + self._launch.rendezvous.lost_after_s
+        accounts: dict[int, Any] = {}
+        while True:
+            seen = exchange.seen
+            if exchange.silent:
+                return self._alone("the store where nodes meet", exchange)
+            accounts = seen.accounts
+            if len(accounts.keys() | set(seen.lost)) == exchange.nodes or time.monotonic() > deadline_s:
+                break
+            time.sleep(MONITOR_INTERVAL_S)
+        failures = [Failure(**account["failure"]) for account in accounts.values() if account["failure"]]
+        lost = sorted(set(range(exchange.nodes)) - accounts.keys())
+        first = self._lost(lost) if lost else min(failures, key=lambda failure: failure.time_ns, default=None)
+        if first and first.rank is not None:
+            first = Failure(first.status, f"node {self.name_of(first.rank)}: {first.message}", first.cause, first.rank)
+        interrupted = any(account["interrupted"] for account in accounts.values())
+        again = not interrupted and self._is_worth_restart(first)
+        if lost and self._launch.rendezvous.backend == "static":
+            again = False
+        remaining = self._remaining_restarts if again else 0
+        verdict = {"failure": asdict(first) if first else None, "remaining": remaining}
+        exchange.say("verdict", verdict)
+        return verdict
+
+    def _follow(self, exchange: Exchange) -> dict[str, Any]:
+        """Wait for the leader's verdict."""
+        while (seen := exchange.seen).verdict is None:
+            if exchange.silent or seen.lost:
+                return self._alone(f"node {self._names[0]}, which leads", exchange)
+            time.sleep(MONITOR_INTERVAL_S)
+        return seen.verdict
+
+    def _alone(self, whom: str, exchange: Exchange) -> dict[str, Any]:
+        message = f"{whom} has not been heard of for {self._launch.rendezvous.lost_after_s:g} s"
+        return {"failure": asdict(Failure(1, self._explained(message))), "remaining": 0}
+
+    def _lost(self, nodes: list[int]) -> Failure:
+        named = [(self._names[node], self._ranks_of(node)) for node in nodes]
+        shown = ", ".join(f"{name} (ranks {ranks[0]} to {ranks[-1]})" for name, ranks in named)
+        limit = f"{self._launch.rendezvous.lost_after_s:g} s"
+        return Failure(1, self._explained(f"{'nodes' if len(nodes) > 1 else 'node'} {shown} not heard of for {limit}"))
+
+    @staticmethod
+    def _explained(message: str) -> str:
+        rule = "every node is heard of within launch.rendezvous.lost_after_s"
+        remedy = "see whether that machine and its link run; the newest checkpoint stands"
+        return f"{message}\n  rule:   {rule}\n  remedy: {remedy}"
+
+    def _close(self) -> None:
+        if self._exchange:
+            self._exchange.leave()
+            self._exchange = None
+
+    def close(self) -> bool:
+        """Leave the conversation; returns whether the store still answers."""
+        if self._follower:
+            self._follower.copy()
+        heard = self._exchange is None or not self._exchange.silent
+        self._close()
+        return heard
