@@ -40,6 +40,7 @@ def run(argv: list[str]) -> int:
         return _inform(options) if options.info else _show(options)
     drafted = None if options.multirun else draft(options.overrides, options.config_dir)
     if drafted and drafted.launch.name != "local" and TORCHRUN not in os.environ:
+        enter_if_asked(drafted.backend)
         from octofold.launch.node import run_node
 
         return run_node(drafted, options.overrides, options.config_dir)

@@ -27,6 +27,7 @@ def ask(monkeypatch, capsys):
 def test_verbs_come_first(ask):
     assert ask("octofold ") == [
         "train",
+        "launch",
         "sample",
         "report",
         "inspect",

@@ -1,0 +1,189 @@
+"""Jobs over several hosts: each with its agent, in a network namespace of its own."""
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from hosts import TRAIN, WHY_NOT, Host, ended, hosts
+
+pytestmark = [
+    pytest.mark.launch,
+    pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT),
+    pytest.mark.timeout(300),
+]
+# The quickstart's data and precision, and a model of its kind that is a few seconds' work.
+JOB = [
+    *("experiment=quickstart", "model.num_hidden_layers=2", "model.n_routed_experts=8", "parallel.expert=2"),
+    *("train.global_batch_size=8", "train.micro_batch_size=2", "data.sequence_length=64", "train.log_every=1"),
+    *("train.eval_sequences=4", "train.sample_tokens=0", "backend.threads=1", "optim.warmup_steps=2"),
+]
+FP8 = 2e-3
+"""What the order of sums does to a loss within four steps in emulated FP8: hosts that lie otherwise, sum otherwise."""
+LIMIT_S = 150.0
+
+
+def node_command(count: int, ranks: int, run_dir: Path, *more: str, steps: int = 4) -> list[str]:
+    """Of each of `count` hosts, the first of which is node0."""
+    meeting = [f"launch.nodes={count}", "launch.rendezvous.endpoint=node0:29407", "launch.rendezvous.timeout_s=60"]
+    job = [*JOB, f"train.steps={steps}", f"run_dir={run_dir}", f"launch.nproc_per_node={ranks}"]
+    return [*TRAIN, *job, "launch=torchrun", *meeting, *more]
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Step -> loss, of the attempt that counts."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def outputs(folder: Path) -> str:
+    """All that the hosts printed."""
+    return "\n".join(path.read_text(errors="replace") for path in sorted(folder.glob("*.out")))
+
+
+def run_on(group: list[Host], ranks: int, folder: Path, *more: str, steps: int = 4) -> list[subprocess.Popen[str]]:
+    """The job's agents, one started on each host."""
+    command = node_command(len(group), ranks, folder / "run", *more, steps=steps)
+    return [host.start(command, folder / f"{host.name}.out") for host in group]
+
+
+def wait_for_step(run_dir: Path, step: int) -> None:
+    """Return once a step has been taken."""
+    deadline_s = time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline_s:
+        if (run_dir / "metrics.jsonl").exists() and max(losses(run_dir), default=0) >= step:
+            return
+        time.sleep(0.1)
+    raise TimeoutError(f"step {step}")
+
+
+@pytest.fixture(scope="module")
+def one_host(tmp_path_factory) -> dict[int, float]:
+    """Losses of the job on one host with four ranks."""
+    folder = tmp_path_factory.mktemp("one")
+    run_dir = folder / "run"
+    command = [*TRAIN, *JOB, "train.steps=4", f"run_dir={run_dir}", "launch.nproc_per_node=4"]
+    subprocess.run(command, check=True, timeout=LIMIT_S, capture_output=True)
+    return losses(run_dir)
+
+
+@pytest.mark.parametrize(("count", "ranks", "more"), [(2, 2, []), (4, 1, ["launch.rendezvous.backend=static"])])
+def test_hosts_train_to_the_losses_of_one(count, ranks, more, one_host, tmp_path):
+    with hosts(count, tmp_path) as group:
+        if more:
+            more = [*more, f"launch.hosts=[{','.join(host.name for host in group)}]"]
+        processes = run_on(group, ranks, tmp_path, *more)
+        assert ended(processes, LIMIT_S) == [0] * count, outputs(tmp_path)
+    assert losses(tmp_path / "run") == pytest.approx(one_host, rel=FP8)
+    logs = tmp_path / "run" / "logs"
+    assert [(logs / f"rank_{rank}.log").exists() for rank in range(4)] == [True] * 4
+    told = [("step " in path.read_text()) for path in sorted(tmp_path.glob("*.out"))]
+    assert sum(told) == 1, "rank 0 alone is on a console"
+
+
+def test_a_rank_that_dies_is_named_with_its_host_and_all_go_on(tmp_path):
+    with hosts(2, tmp_path) as group:
+        processes = run_on(group, 1, tmp_path, "checkpoint.every=1", "launch.rendezvous.lost_after_s=10", steps=12)
+        wait_for_step(tmp_path / "run", 3)
+        victims = subprocess.run(["pgrep", "-f", f"launch.worker {tmp_path}"], capture_output=True, text=True).stdout
+        spaces = {pid: Path(f"/proc/{pid}/environ").read_text().partition("\0RANK=")[2][:1] for pid in victims.split()}
+        (victim,) = [pid for pid, rank in spaces.items() if rank == "1"]
+        subprocess.run(["kill", "-9", victim], check=True)
+        assert ended(processes, LIMIT_S) == [0, 0], outputs(tmp_path)
+    said = outputs(tmp_path)
+    assert said.count("restart 1 of launch.max_restarts=3") == 2, "each node says so"
+    assert "node node1: rank 1 died of SIGKILL" in said
+    assert max(losses(tmp_path / "run")) == 12
+
+
+def test_a_host_whose_link_is_cut_is_named_within_the_time(tmp_path):
+    with hosts(2, tmp_path) as group:
+        times = ["launch.rendezvous.lost_after_s=6", "launch.rendezvous.timeout_s=10"]
+        processes = run_on(group, 1, tmp_path, *times, "checkpoint.every=1", steps=4000)
+        wait_for_step(tmp_path / "run", 2)
+        group[1].cut()
+        began_s = time.monotonic()
+        assert ended(processes, 120) == [1, 1], outputs(tmp_path)
+        assert time.monotonic() - began_s < 90
+    first, second = [(tmp_path / f"{host}.out").read_text(errors="replace") for host in ("node0", "node1")]
+    assert "node node1 (ranks 1 to 1) not heard of for 6 s" in first
+    assert "1 of launch.nodes=2 came: node0; missing: node1" in first
+    assert "not been heard of for 6 s" in second
+
+
+def test_a_host_that_is_lost_may_come_back(tmp_path):
+    with hosts(2, tmp_path) as group:
+        times = ["launch.rendezvous.lost_after_s=6", "launch.rendezvous.timeout_s=60"]
+        processes = run_on(group, 1, tmp_path, *times, "checkpoint.every=1", steps=10)
+        wait_for_step(tmp_path / "run", 3)
+        group[1].kill()
+        command = node_command(2, 1, tmp_path / "run", *times, "checkpoint.every=1", "resume=auto", steps=10)
+        time.sleep(1.0)
+        again = group[1].start([text for text in command if text != "resume=auto"], tmp_path / "node1-again.out")
+        assert ended([processes[0], again], LIMIT_S) == [0, 0], outputs(tmp_path)
+    assert "node node1 (ranks 1 to 1) not heard of for 6 s" in outputs(tmp_path)
+    assert max(losses(tmp_path / "run")) == 10
+
+
+def test_the_first_host_that_dies_is_named(tmp_path):
+    with hosts(2, tmp_path) as group:
+        processes = run_on(group, 1, tmp_path, "launch.rendezvous.lost_after_s=6", steps=4000)
+        wait_for_step(tmp_path / "run", 2)
+        group[0].kill()
+        assert ended(processes[1:], 60) == [1], outputs(tmp_path)
+    assert "node node0, which leads, has not been heard of for 6 s" in (tmp_path / "node1.out").read_text()
+
+
+def test_a_host_may_come_late_or_never(tmp_path):
+    with hosts(2, tmp_path) as group:
+        command = node_command(2, 1, tmp_path / "run", steps=2)
+        late = group[1].start(command, tmp_path / "node1.out")
+        time.sleep(8.0)
+        first = group[0].start(command, tmp_path / "node0.out")
+        assert ended([first, late], LIMIT_S) == [0, 0], outputs(tmp_path)
+        waiting = [text for text in node_command(2, 1, tmp_path / "never") if "timeout_s" not in text]
+        limits = ["launch.rendezvous.timeout_s=5", "launch.hosts=[node0,node1]"]
+        alone = group[0].start([*waiting, *limits], tmp_path / "alone.out")
+        lonely = group[1].start([*waiting, *limits, "launch.rendezvous.endpoint=node0:29408"], tmp_path / "lonely.out")
+        assert ended([alone, lonely], 60) == [1, 1]
+    assert "1 of launch.nodes=2 came: node0; missing: node1" in (tmp_path / "alone.out").read_text()
+    said = (tmp_path / "lonely.out").read_text()
+    assert "node0:29408" in said
+    assert "for 5 s (launch.rendezvous.timeout_s) nobody answered" in said
+
+
+def test_a_taken_port_and_a_name_without_address_are_named(tmp_path):
+    with hosts(2, tmp_path) as group:
+        program = "import socket, time; s = socket.create_server(('', 29407)); print('up', flush=True); time.sleep(600)"
+        group[0].start(["python3", "-c", program], tmp_path / "holder.out")
+        deadline_s = time.monotonic() + 20
+        while "up" not in (tmp_path / "holder.out").read_text() and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+        taken = group[0].start(node_command(2, 1, tmp_path / "run"), tmp_path / "node0.out")
+        unknown = ["launch.rendezvous.endpoint=nowhere.invalid:29407", "launch.rendezvous.timeout_s=2"]
+        stray = group[1].start([*node_command(2, 1, tmp_path / "run"), *unknown], tmp_path / "node1.out")
+        assert ended([taken, stray], 60) == [2, 2], outputs(tmp_path)
+    assert (
+        "node0:29407\n  rule:   the first node listens there: another process holds the port"
+        in (tmp_path / "node0.out").read_text()
+    )
+    assert (
+        "nowhere.invalid:29407\n  rule:   nodes meet there, and the name has no address"
+        in (tmp_path / "node1.out").read_text()
+    )
+
+
+def test_nodes_that_were_given_different_jobs_are_named(tmp_path):
+    with hosts(2, tmp_path) as group:
+        command = node_command(2, 1, tmp_path / "run")
+        processes = [
+            group[0].start(command, tmp_path / "node0.out"),
+            group[1].start([*command, "optim.lr=0.5"], tmp_path / "node1.out"),
+        ]
+        assert ended(processes, 90) == [2, 2], outputs(tmp_path)
+    for host in group:
+        said = (tmp_path / f"{host.name}.out").read_text()
+        assert "nodes differ in configuration: node0 " in said
+        assert "every node has the same versions and composes the same job" in said
+    assert not (tmp_path / "run" / "config.yaml").exists()
