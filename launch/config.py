@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 
 from octofold.backends.errors import ConfigError
 from octofold.launch.rendezvous_config import RendezvousConfig, check_rendezvous
+from octofold.launch.slurm_config import SlurmConfig, check_slurm
 from octofold.launch.ssh_config import SshConfig, check_ssh
 from octofold.train.config import RunConfig
 
-ENGINES = {"torchrun": "octofold.launch.torchrun"}
+ENGINES = {"torchrun": "octofold.launch.torchrun", "slurm": "octofold.launch.slurm"}
 """What `octofold launch` starts a job with, and the module that does it (launch/submit.py)."""
 NAMES = ("local", *ENGINES)
 
@@ -36,6 +37,7 @@ class LaunchConfig:
     """Names or addresses of the nodes, the first one first."""
     rendezvous: RendezvousConfig = field(default_factory=RendezvousConfig)
     ssh: SshConfig = field(default_factory=SshConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ def check(launch: LaunchConfig) -> None:
     _check_hosts(launch)
     check_rendezvous(launch.rendezvous, launch.nodes)
     check_ssh(launch.ssh, launch.hosts)
+    if launch.name == "slurm":
+        check_slurm(launch.slurm, launch.stop_deadline_s)
 
 
 def _check_environment(environment: dict[str, str]) -> None:

@@ -94,7 +94,8 @@ class _Node:
     def facts(self) -> dict[str, Any]:
         """What must be the same on every node, and this one's name."""
         return {
-            "name": socket.gethostname(),
+            # Slurm names nodes by its own configuration.
+            "name": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
             "python": platform.python_version(),
             "torch": version("torch"),
             "octofold": version("octofold"),

@@ -9,6 +9,7 @@ from octofold.launch.addresses import is_local, resolve
 from octofold.launch.config import LaunchConfig
 from octofold.launch.local import first_host
 from octofold.launch.rendezvous_config import DEFAULT_PORT, split_endpoint
+from octofold.launch.slurm_allocation import check_allocation
 
 SLURM_PORTS = 20000
 """Below those that the system gives to clients."""
@@ -36,7 +37,7 @@ def find_place(launch: LaunchConfig, environ: Mapping[str, str]) -> Place:
         UserError: nobody tells where to meet, or the scheduler has started another number of nodes.
     """
     config = launch.rendezvous
-    told = _of_operator(environ) or _of_slurm(environ) or _of_hosts(launch) or _alone(launch)
+    told = _of_operator(environ) or _of_slurm(environ, launch.nproc_per_node) or _of_hosts(launch) or _alone(launch)
     if config.endpoint is not None:
         host, port = split_endpoint(config.endpoint)
         known = told.place if told else None
@@ -102,10 +103,11 @@ def _of_operator(environ: Mapping[str, str]) -> _Told | None:
     return _Told(place, int(nodes) if nodes.isdigit() else None)
 
 
-def _of_slurm(environ: Mapping[str, str]) -> _Told | None:
+def _of_slurm(environ: Mapping[str, str], nproc_per_node: int) -> _Told | None:
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
     if "SLURM_NODEID" not in environ or not nodes:
         return None
+    check_allocation(environ, nproc_per_node)
     count = environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_JOB_NUM_NODES") or "1"
     job = environ.get("SLURM_JOB_ID", "0")
     # A job that was requeued keeps its id; what an attempt before it left must not be met.

@@ -55,6 +55,10 @@ def run(argv: list[str]) -> int:
     """
     options = _parser().parse_intermixed_args(argv)
     config_dirs = [str(Path(folder).expanduser().absolute()) for folder in options.config_dir]
+    if options.multirun:
+        from octofold.launch.sweep import run_sweep
+
+        return run_sweep(options.overrides, config_dirs)
     name = draft(options.overrides, config_dirs).launch.name
     if name not in ENGINES:
         remedy = " or ".join(f"launch={engine}" for engine in ENGINES)
@@ -71,14 +75,20 @@ def run(argv: list[str]) -> int:
     return engine.submit(submission, config)
 
 
-def with_run_dir(texts: Sequence[str], config_dirs: Sequence[str]) -> tuple[JobConfig, list[str]]:
+def with_run_dir(
+    texts: Sequence[str], config_dirs: Sequence[str], otherwise: Path | None = None
+) -> tuple[JobConfig, list[str]]:
     """The proved job, and its overrides with the folder of the run: every node must find the same one.
+
+    Args:
+        otherwise: the folder where the overrides name none; None: one with the time in its name.
 
     Raises:
         UserError: see `settle`.
     """
     config = settle(texts, config_dirs).config
-    run_dir = Path(config.run_dir or default_run_dir(config.name, time.strftime("%Y%m%d-%H%M%S")))
+    otherwise = otherwise or default_run_dir(config.name, time.strftime("%Y%m%d-%H%M%S"))
+    run_dir = Path(config.run_dir or otherwise)
     run_dir = run_dir.expanduser().absolute()
     kept = [text for text, override in zip(texts, parse(texts), strict=True) if override.key_or_group != "run_dir"]
     return replace(config, run_dir=str(run_dir)), [*kept, literal_override("run_dir", str(run_dir))]
@@ -92,5 +102,6 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="octofold launch", add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--multirun", "-m", action="store_true")
     parser.add_argument("--config-dir", "-cd", action="append", default=[])
     return parser
