@@ -5,15 +5,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-BODY = """\
+HEAD = """\
 told=
 step=
 # Slurm's warning before the time limit (--signal). The agents hear of it from srun, save and end.
 trap 'told=yes; [ -z "$step" ] || kill -USR1 "$step"' USR1
 # scancel tells the agents, too: wait for them to save.
 trap : TERM
+"""
+BODY = """\
 srun {srun} "${{command[@]}}" &
 step=$!
+[ -z "$told" ] || kill -USR1 "$step"
 # A signal ends `wait`, not srun.
 while wait "$step"; status=$?; kill -0 "$step" 2>/dev/null; do :; done
 """
@@ -46,7 +49,7 @@ class Script:
 def text(script: Script) -> str:
     """The script, ready for sbatch."""
     lines = ["#!/bin/bash", *(directive(name, value) for name, value in script.directives.items()), ""]
-    lines += ["# Written by `octofold launch`. One agent a node starts the node's ranks.", ""]
+    lines += ["# Written by `octofold launch`. One agent a node starts the node's ranks.", "", HEAD.rstrip()]
     if script.setup is not None:
         lines += [f". {shlex.quote(str(Path(script.setup).expanduser().absolute()))} || exit 2"]
     lines += _command(script.commands)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from octofold.backends.config import BackendConfig
 from octofold.backends.errors import ConfigError, UserError
+from octofold.launch.compose import compose
 from octofold.launch.config import JobConfig, LaunchConfig
 from octofold.launch.slurm import check, prepare, prepare_sweep
 from octofold.launch.slurm_allocation import check_allocation
@@ -174,6 +175,24 @@ def test_what_no_cluster_can_honour(slurm: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_slurm(SlurmConfig(**slurm), 30.0)
     assert caught.value.key == named
+
+
+@pytest.mark.parametrize(
+    "key", ["partition", "account", "qos", "gres", "memory", "constraint", "nodelist", "exclude", "time"]
+)
+def test_no_line_of_slurms_is_broken(key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_slurm(SlurmConfig(**{key: "a\n#SBATCH --wrap=id"}), 30.0)  # type: ignore[arg-type]
+    assert caught.value.key == f"launch.slurm.{key}"
+
+
+@pytest.mark.parametrize(
+    "text", ["time=04:00:00", "time=90", "time=1-00:00:00", 'nodelist="n[1-3]"', 'constraint="a&b"']
+)
+def test_values_as_typed(text: str) -> None:
+    slurm = compose(["launch=slurm", f"launch.slurm.{text}"]).launch.slurm
+    key, _, value = text.partition("=")
+    assert getattr(slurm, key) == value.strip('"')
 
 
 @pytest.mark.parametrize("time", ["4", "0:03:01", "1-0", "UNLIMITED", "30:00", "0-00:04"])

@@ -18,8 +18,12 @@ from run_configs import newest, overrides, tiny_run, write_corpus
 from safetensors.numpy import load_file
 from slurm_cluster import SlurmCluster
 
+from octofold.backends.errors import UserError
 from octofold.launch.compose import literal_override
+from octofold.launch.config import JobConfig, LaunchConfig
 from octofold.launch.run_folder import read_config
+from octofold.launch.slurm import check, prepare
+from octofold.launch.slurm_config import SlurmConfig
 from octofold.train.metrics import read_metrics
 
 pytestmark = [
@@ -256,7 +260,9 @@ def test_hostile_names_arrive_and_run_nothing(cluster: SlurmCluster, root: Path)
     texts += [literal_override(key, value) for key, value in fields.items()]
     escaped = literal_override("k", HOSTILE).partition("=")[2]
     texts += [f"launch.slurm.options={{comment:{escaped}}}", f"launch.environment={{HOSTILE:{escaped}}}"]
+    texts += [literal_override("launch.slurm.account", HOSTILE)]
     number = launch(cluster, here, *texts)
+    assert cluster.run("squeue", "-h", "-j", number, "-o", "%a").removesuffix("\n") == HOSTILE
     assert cluster.run("squeue", "-h", "-j", number, "-o", "%j").removesuffix("\n") == HOSTILE
     assert cluster.run("squeue", "-h", "-j", number, "-o", "%k").removesuffix("\n") == HOSTILE
     assert cluster.run("squeue", "-h", "-j", number, "-o", "%Z").removesuffix("\n") == str(here)
@@ -270,6 +276,19 @@ def test_hostile_names_arrive_and_run_nothing(cluster: SlurmCluster, root: Path)
     assert "OCTOFOLD_SETUP=sourced" in printed(run_dir)
     assert max(record["step"] for record in read_metrics(run_dir)) == 2, printed(run_dir)
     assert not list(root.rglob("pwned"))
+
+
+@pytest.mark.parametrize("key", ["partition", "gres", "memory", "constraint", "nodelist", "exclude"])
+def test_hostile_fields_are_slurms_to_refuse(
+    cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_CONF", cluster.environ["SLURM_CONF"])
+    launch = LaunchConfig(name="slurm", nodes=2, slurm=SlurmConfig(**{key: HOSTILE}))  # type: ignore[arg-type]
+    submission = prepare(JobConfig(run_dir=str(tmp_path / "run"), launch=launch), [], [])
+    with pytest.raises(UserError, match=r"sbatch --test-only\n.*[Ii]nvalid"):
+        check(submission)
+    assert not list(tmp_path.iterdir())
 
 
 def test_slurm_itself_refuses_what_it_cannot_run(cluster: SlurmCluster, root: Path, tmp_path: Path) -> None:
