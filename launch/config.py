@@ -4,12 +4,17 @@ import re
 from dataclasses import dataclass, field
 
 from octofold.backends.errors import ConfigError
+from octofold.launch.kubernetes_config import KubernetesConfig, check_kubernetes
 from octofold.launch.rendezvous_config import RendezvousConfig, check_rendezvous
 from octofold.launch.slurm_config import SlurmConfig, check_slurm
 from octofold.launch.ssh_config import SshConfig, check_ssh
 from octofold.train.config import RunConfig
 
-ENGINES = {"torchrun": "octofold.launch.torchrun", "slurm": "octofold.launch.slurm"}
+ENGINES = {
+    "torchrun": "octofold.launch.torchrun",
+    "slurm": "octofold.launch.slurm",
+    "kubernetes": "octofold.launch.kubernetes",
+}
 """What `octofold launch` starts a job with, and the module that does it (launch/submit.py)."""
 NAMES = ("local", *ENGINES)
 
@@ -38,6 +43,7 @@ class LaunchConfig:
     rendezvous: RendezvousConfig = field(default_factory=RendezvousConfig)
     ssh: SshConfig = field(default_factory=SshConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,8 @@ def check(launch: LaunchConfig) -> None:
     check_ssh(launch.ssh, launch.hosts)
     if launch.name == "slurm":
         check_slurm(launch.slurm, launch.stop_deadline_s)
+    if launch.name == "kubernetes":
+        check_kubernetes(launch.kubernetes)
 
 
 def _check_environment(environment: dict[str, str]) -> None:

@@ -44,6 +44,9 @@ class Engine(Protocol):
 
 def launch_folder(config: JobConfig) -> Path:
     """Where the files of a submission lie."""
+    if config.launch.name == "kubernetes":
+        # The run's folder is one of the pods' volumes, which this machine need not have.
+        return Path("runs").absolute() / Path(str(config.run_dir)).name / "launch"
     return Path(str(config.run_dir)) / "launch"
 
 

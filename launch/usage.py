@@ -50,7 +50,7 @@ Started by torchrun, Slurm or another launcher that sets RANK and WORLD_SIZE, it
 """
 
 LAUNCH_USAGE = """\
-usage: octofold launch launch=torchrun|slurm [GROUP=OPTION ...] [KEY=VALUE ...]
+usage: octofold launch launch=torchrun|slurm|kubernetes [GROUP=OPTION ...] [KEY=VALUE ...]
 
 Proves the job that `octofold train` would run with the same overrides, and starts it on launch.nodes machines with
 launch.nproc_per_node ranks each. All find the run's folder under one path, or save to one store (checkpoint.dir).
@@ -59,6 +59,7 @@ launch.nproc_per_node ranks each. All find the run's folder under one path, or s
   launch=torchrun launch.nodes=2 launch.hosts=[node1,node2] launch.ssh.enabled=true      all nodes, over ssh
   launch=slurm launch.nodes=2 launch.slurm.partition=gpu      a batch script, given to sbatch
   launch=slurm --multirun train.seed=0,1,2 ...                one array, a task for each job
+  launch=kubernetes launch.nodes=2 launch.kubernetes.image=NAME@sha256:...     pods: docs/launching_kubernetes.md
 
   launch.dry_run=true        print what would be written and run, and check it
   launch.environment={NCCL_DEBUG:INFO}      variables of the ranks
