@@ -12,6 +12,7 @@ class KernelsConfig:
     rms_norm: str = "auto"
     rotary: str = "auto"
     swiglu: str = "auto"
+    gate_topk: str = "auto"
     permute: str = "auto"
     unpermute: str = "auto"
     quantize: str = "auto"

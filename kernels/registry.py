@@ -45,6 +45,10 @@ PROVIDERS: dict[str, dict[str, str]] = {
         "torch": "octofold.kernels.torch_swiglu",
         "reference": "octofold.kernels.reference.swiglu",
     },
+    "gate_topk": {
+        "npu": "octofold.kernels.npu.gate_topk",
+        "reference": "octofold.kernels.reference.gate_topk",
+    },
     "permute": {
         "triton": "octofold.kernels.triton_permute",
         "npu": "octofold.kernels.npu.permute",
@@ -123,6 +127,10 @@ class Workload:
     """How operands are quantised; none in a run without FP8."""
     accumulation: str = "fp32"
     """Of quantised products: fp32 or hopper (`kernels/reference/scaled_mm.py`)."""
+    experts: int = 0
+    """That a gate chooses from; 0: there is none."""
+    expert_groups: int = 1
+    """Of which it keeps some before it chooses."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +142,7 @@ class Kernels:
     rms_norm: Callable[..., torch.Tensor]
     rotary: Callable[..., torch.Tensor]
     swiglu: Callable[..., torch.Tensor]
+    gate_topk: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     permute: Callable[..., torch.Tensor]
     unpermute: Callable[..., torch.Tensor]
     quantize: Callable[..., QTensor]

@@ -72,7 +72,7 @@ def unknown() -> list[str]:
     x, weight = torch.ones(2, 4, device="npu"), torch.ones(1, 4, 4, device="npu")
     calls = [
         lambda: npu.npu_grouped_matmul([x], [weight], group_list=torch.tensor([2], device="npu"), split_item=0),
-        lambda: npu.npu_moe_gating_top_k(torch.ones(2, 8, device="npu"), 2),
+        lambda: npu.npu_moe_gating_top_k_softmax_v2(torch.ones(2, 8, device="npu"), k=2),
     ]
     told = []
     for call in calls:

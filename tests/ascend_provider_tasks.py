@@ -11,6 +11,8 @@ from octofold.backends.dotted import load_dotted
 from octofold.kernels.permute import Order
 from octofold.kernels.registry import PROVIDERS
 
+GATES = [("softmax", 1, 1, 1), ("softmax", 4, 2, 1), ("sigmoid", 1, 1, 1), ("sigmoid", 4, 2, 2)]
+"""Score function, groups of experts, groups that are kept, experts that a group is judged by."""
 Case = tuple[str, list[Tensor], dict[str, Any]]
 """Name, floating operands, and what else the op is given."""
 
@@ -57,6 +59,10 @@ def _cases() -> Iterator[Case]:
         yield f"permute {tokens} {copies}", [torch.randn(tokens, 5)], {"order": order, "copies": copies}
         rows, weights = torch.randn(tokens * copies, 5), torch.rand(tokens, copies)
         yield f"unpermute {tokens} {copies}", [rows, weights], {"order": order}
+    for scoring, groups, kept, best in GATES:
+        rules = {"k": 3, "scoring": scoring, "groups": groups, "kept_groups": kept, "best": best}
+        yield f"gate_topk {scoring} {groups}", [torch.randn(7, 12)], {"bias_E": torch.randn(12), **rules}
+        yield f"gate_topk {scoring} {groups} plain", [torch.randn(7, 12)], {"bias_E": None, **rules}
     yield from _attention_cases()
 
 
@@ -67,8 +73,9 @@ def _to_npu(value: Any) -> Any:
 
 
 def _outcome(op: Callable[..., Tensor], inputs: list[Tensor], options: dict[str, Any]) -> list[Tensor]:
-    """Result and gradients."""
+    """Result and gradients. Of a gate the result is the scores."""
     out = op(*inputs, **options)
+    out = out[0] if isinstance(out, tuple) else out
     cotangent = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).view(out.shape).bfloat16().to(out)
     return [out.detach(), *torch.autograd.grad(out, inputs, cotangent)]
 
@@ -97,11 +104,12 @@ def _roundings(case: Case, dtype: torch.dtype) -> list[float]:
 
 
 def roundings() -> dict[str, list[float]]:
-    """Every case in BF16, and in FP32 where the provider takes it."""
+    """Every case in BF16 (a gate computes in FP32), and in FP32 where the provider takes it."""
     torch.manual_seed(0)
     found = {}
     for case in _cases():
-        found[f"{case[0]} bfloat16"] = _roundings(case, torch.bfloat16)
+        if "gate" not in case[0]:
+            found[f"{case[0]} bfloat16"] = _roundings(case, torch.bfloat16)
         if "permute" not in case[0]:
             found[f"{case[0]} float32"] = _roundings(case, torch.float32)
     return found
@@ -116,6 +124,20 @@ def many_documents() -> list[float]:
     documents = torch.tensor([[0, 1, 1, 2, 3, 3, 4], [0, 0, 1, 2, 3, 4, 5]])
     q, k, v = torch.randn(2, 2, 5, 24), torch.randn(2, 2, 7, 24), torch.randn(2, 2, 7, 16)
     return _roundings(("attention", [q, k, v], {"scale": 0.2, "doc_ids_BS": documents}), torch.float32)
+
+
+def choices() -> list[bool]:
+    """Whether gates choose the experts that the reference chooses, among as many groups as DeepSeek-V3's."""
+    torch.manual_seed(0)
+    same = []
+    for scoring, groups, kept, best in [*GATES, ("sigmoid", 8, 4, 2)]:
+        logits, bias = torch.randn(50, 32 * groups), torch.randn(32 * groups) * 0.1
+        rules = {"k": 8, "scoring": scoring, "groups": groups, "kept_groups": kept, "best": best}
+        _, expected = _op("gate_topk", "reference")(logits, bias, **rules)
+        _, found = _op("gate_topk", "npu")(logits.to("npu").requires_grad_(), bias.to("npu"), **rules)
+        assert (found.dtype, found.requires_grad) == (torch.int64, False)
+        same.append(torch.equal(found.cpu().sort(1).values, expected.sort(1).values))
+    return same
 
 
 def fakes() -> dict[str, bool]:
@@ -134,8 +156,10 @@ def fakes() -> dict[str, bool]:
                     return value
                 return torch.empty(value.shape, dtype=value.dtype, device="npu")
 
-            inputs = [torch.empty(x.shape, dtype=torch.bfloat16, device="npu", requires_grad=True) for x in operands]
+            dtype = torch.float32 if "gate" in name else torch.bfloat16
+            inputs = [torch.empty(x.shape, dtype=dtype, device="npu", requires_grad=True) for x in operands]
             out = _op(name.split()[0], "npu")(*inputs, **{key: faked(value) for key, value in options.items()})
+            out = out[0] if isinstance(out, tuple) else out
             results = [out, *torch.autograd.grad(out, inputs, torch.empty_like(out))]
         found[name] = [(x.shape, x.device.type) for x in results] == [(x.shape, "npu") for x in real]
     return found

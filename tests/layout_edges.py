@@ -17,8 +17,10 @@ from octofold.train.models.gate import TopKGate
 def everything_to_one_expert(config: RunConfig, run_dir: Path) -> RankFacts:
     """Of a model that takes one expert a token."""
 
-    def choose(gate: TopKGate, scores_TE: torch.Tensor) -> torch.Tensor:
-        return torch.full((len(scores_TE), 1), 5)
+    usual = TopKGate._choose
+
+    def choose(gate: TopKGate, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return usual(gate, logits_TE)[0], torch.full((len(logits_TE), 1), 5)
 
     with patch.object(TopKGate, "_choose", choose):
         return record(config, run_dir)
@@ -27,9 +29,12 @@ def everything_to_one_expert(config: RunConfig, run_dir: Path) -> RankFacts:
 def most_experts_empty(config: RunConfig, run_dir: Path) -> RankFacts:
     """Tokens choose among the last group of experts, so that all others, and the ranks that hold them, get none."""
 
-    def choose(gate: TopKGate, scores_TE: torch.Tensor) -> torch.Tensor:
+    usual = TopKGate._choose
+
+    def choose(gate: TopKGate, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores_TE = usual(gate, logits_TE)[0]
         count, K = gate.config.n_routed_experts // gate.config.n_group, gate.config.num_experts_per_tok
-        return scores_TE[:, -count:].topk(K, dim=1).indices + scores_TE.shape[1] - count
+        return scores_TE, scores_TE.detach()[:, -count:].topk(K, dim=1).indices + scores_TE.shape[1] - count
 
     with patch.object(TopKGate, "_choose", choose):
         return record(config, run_dir)

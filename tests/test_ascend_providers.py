@@ -10,7 +10,7 @@ from octofold.kernels.registry import PROVIDERS, Workload, choose
 
 ROUNDINGS = {"bfloat16": 4, "float32": 16}
 """As tests/test_kernels_providers.py: few chained roundings, and in FP32 an error that grows with the sums."""
-NPU_OPS = ["attention", "grouped_mm", "rms_norm", "rotary", "swiglu", "permute", "unpermute"]
+NPU_OPS = ["attention", "grouped_mm", "rms_norm", "rotary", "swiglu", "gate_topk", "permute", "unpermute"]
 
 
 def why_unsupported(op: str, workload: Workload) -> str | None:
@@ -31,6 +31,21 @@ def test_providers_are_chosen_on_ascend_and_nowhere_else(op):
 
 def test_long_rows_are_not_for_the_grouped_product():
     assert "65536" in str(why_unsupported("grouped_mm", Workload("npu", torch.bfloat16, (128, 65536))))
+
+
+@pytest.mark.parametrize(
+    ("experts", "groups", "reason"),
+    [(256, 8, None), (2048, 1, None), (2049, 1, "at most 2048"), (8, 4, "at least 3"), (640, 80, "2560")],
+)
+def test_gates_that_the_operator_does_not_take(experts, groups, reason):
+    workload = Workload("npu", torch.bfloat16, experts=experts, expert_groups=groups)
+    found = why_unsupported("gate_topk", workload)
+    assert found is None if reason is None else reason in str(found)
+
+
+@pytest.mark.ascend
+def test_gates_choose_what_the_reference_chooses():
+    assert values("ascend_provider_tasks:choices") == [[True] * 5]
 
 
 @pytest.mark.ascend

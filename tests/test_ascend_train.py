@@ -15,7 +15,7 @@ pytestmark = pytest.mark.ascend
 MODEL = ["experiment=quickstart", "model=tiny", "model.num_hidden_layers=2", "precision.block=16"]
 BATCH = ["data.sequence_length=32", "train.steps=4", "train.log_every=1", "optim.warmup_steps=1", "backend.threads=1"]
 NO_MORE = ["train.eval_every=0", "train.final_eval_sequences=4", "train.sample_tokens=0"]
-NPU_OPS = ["attention", "grouped_mm", "rms_norm", "rotary", "swiglu", "permute", "unpermute"]
+NPU_OPS = ["attention", "grouped_mm", "rms_norm", "rotary", "swiglu", "gate_topk", "permute", "unpermute"]
 FOUR = ["launch.nproc_per_node=4", "train.micro_batch_size=1"]
 LAYOUTS = {
     "one rank": ["launch.nproc_per_node=1", "parallel.expert=1"],

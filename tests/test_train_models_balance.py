@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import SMALL
+from tiny_models import SMALL, kernels_for
 
 from octofold.parallel.sequence import WholeSequence
 from octofold.train.models.balance import LOSSES, balance_losses, inject
@@ -30,7 +30,7 @@ class Case:
     def gate(self) -> TopKGate:
         """In training mode, with a bias that changes the choice where the gate has one."""
         torch.manual_seed(self.seed)
-        gate = TopKGate(self.config).double()
+        gate = TopKGate(self.config, kernels_for(self.config, torch.float64)).double()
         torch.nn.init.normal_(gate.weight)
         if gate.e_score_correction_bias is not None:
             gate.e_score_correction_bias.normal_(std=0.3)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import SMALL, decoder, labels_of, positions_of, tokens_of
+from tiny_models import SMALL, decoder, kernels_for, labels_of, positions_of, tokens_of
 
 from octofold.train.loss import summed_cross_entropy
 from octofold.train.models.gate import TopKGate
@@ -48,7 +48,7 @@ def test_a_later_token_changes_no_earlier_logit(length, data):
 @pytest.mark.parametrize("normalised", [True, False])
 def test_the_bias_chooses_and_does_not_weigh(normalised):
     config = replace(SMALL, norm_topk_prob=normalised, routed_scaling_factor=1.5)
-    gate = TopKGate(config).double()
+    gate = TopKGate(config, kernels_for(config, torch.float64)).double()
     x_TD = torch.randn(60, config.hidden_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.nn.init.normal_(gate.weight, generator=torch.Generator().manual_seed(1))
     scores_TE = torch.sigmoid(x_TD @ gate.weight.t())

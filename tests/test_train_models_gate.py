@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import SMALL
+from tiny_models import SMALL, kernels_for
 
 from octofold.train.models.config import BalanceConfig, ModelConfig, check
 from octofold.train.models.gate import TopKGate
@@ -38,7 +38,7 @@ def grouped(draw: st.DrawFn) -> ModelConfig:
 def gate_and_hidden(config: ModelConfig, seed: int, bias: float) -> tuple[TopKGate, torch.Tensor]:
     """A random gate whose biases have the standard deviation `bias`, and hidden states [1, T, D]."""
     torch.manual_seed(seed)
-    gate = TopKGate(config).double()
+    gate = TopKGate(config, kernels_for(config, torch.float64)).double()
     torch.nn.init.normal_(gate.weight)
     if gate.e_score_correction_bias is not None:
         gate.e_score_correction_bias.normal_(std=bias)

@@ -115,7 +115,13 @@ def draft_model(
     compute_dtype = COMPUTE_DTYPES[config.precision.name]
     master_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
     architecture = load_architecture(shape.architecture)
-    workload = Workload(device.type, compute_dtype, (shape.hidden_size, shape.moe_intermediate_size))
+    workload = Workload(
+        device.type,
+        compute_dtype,
+        (shape.hidden_size, shape.moe_intermediate_size),
+        experts=shape.n_routed_experts,
+        expert_groups=shape.choice_groups,
+    )
     kernels, choices = choose(config.kernels, workload)
     with torch.device("meta"):
         model = architecture(shape, kernels).to(master_dtype)

@@ -127,6 +127,11 @@ class ModelConfig:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
+    def choice_groups(self) -> int:
+        """Groups that a gate chooses among before it chooses experts; 1: among all experts at once."""
+        return 1 if self.topk_method == "greedy" else self.n_group
+
+    @property
     def residual_kind(self) -> str:
         """How a layer's branches join the stream."""
         return "sum"

@@ -1,6 +1,6 @@
 """The gate of a layer with experts: scores, the choice, and the weights of the chosen.
 
-B sequences, S positions, T = B·S tokens, K experts a token, E experts, G groups of experts, D hidden width.
+B sequences, S positions, T = B·S tokens, K experts a token, E experts, D hidden width.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from octofold.kernels.recompute import is_recomputing, recomputed
+from octofold.kernels.registry import Kernels
 from octofold.parallel.sequence import WholeSequence
 from octofold.train.models.balance import LOSSES, balance_losses, inject
 from octofold.train.models.config import ModelConfig
@@ -26,9 +27,10 @@ class TopKGate(nn.Module):
     loss_sums_J: torch.Tensor
     e_score_correction_bias: torch.Tensor | None
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
         self.config = config
+        self.kernels = kernels
         self.sequence = WholeSequence()
         experts = config.n_routed_experts
         self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
@@ -55,29 +57,29 @@ class TopKGate(nn.Module):
         # In BF16 the wide copy would be kept beside the norm's output that it is made of.
         exact_BSD = recomputed("norm", lambda x: x.to(exact), x_BSD)
         logits_BSE = nn.functional.linear(exact_BSD, self.weight.to(exact))
-        scores_BSE = logits_BSE.softmax(-1) if c.scoring_func == "softmax" else logits_BSE.sigmoid()
-        scores_TE = scores_BSE.flatten(0, 1)
-        experts_TK = self._choose(scores_TE.detach())
+        scores_TE, experts_TK = self._choose(logits_BSE.flatten(0, 1))
         weights_TK = scores_TE.gather(1, experts_TK)
         if c.norm_topk_prob:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
         weights_TK = weights_TK * c.routed_scaling_factor
         if self.training and self.has_losses:
+            scores_BSE = scores_TE.view_as(logits_BSE)
             losses = balance_losses(c, logits_BSE, scores_BSE, experts_TK.view(*x_BSD.shape[:2], -1), self.sequence)
             weights_TK = inject(weights_TK, self._weighted(losses), self.loss_scale.to(exact))
         return experts_TK, weights_TK
 
-    def _choose(self, scores_TE: torch.Tensor) -> torch.Tensor:
-        c = self.config
-        if self.e_score_correction_bias is not None:
-            scores_TE = scores_TE + self.e_score_correction_bias
-        if c.n_group > 1 and c.topk_method != "greedy":
-            scores_TGe = scores_TE.unflatten(1, (c.n_group, -1))
-            best = 2 if c.topk_method == "noaux_tc" else 1
-            groups_TM = scores_TGe.topk(best, dim=-1).values.sum(-1).topk(c.topk_group, dim=-1, sorted=False).indices
-            outside_TG = torch.ones_like(scores_TGe[..., 0], dtype=torch.bool).scatter_(1, groups_TM, False)
-            scores_TE = scores_TGe.masked_fill(outside_TG[..., None], float("-inf")).flatten(1)
-        return scores_TE.topk(c.num_experts_per_tok, dim=-1, sorted=False).indices
+    def _choose(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores of all experts, and the chosen."""
+        c, is_grouped = self.config, self.config.choice_groups > 1
+        return self.kernels.gate_topk(
+            logits_TE,
+            self.e_score_correction_bias,
+            k=c.num_experts_per_tok,
+            scoring=c.scoring_func,
+            groups=c.choice_groups,
+            kept_groups=c.topk_group if is_grouped else 1,
+            best=2 if is_grouped and c.topk_method == "noaux_tc" else 1,
+        )
 
     def _weighted(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
         for name, loss in losses.items() if not is_recomputing() else ():

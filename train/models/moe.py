@@ -56,7 +56,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, kernels: Kernels) -> None:
         super().__init__()
         self.kernels = kernels
-        self.gate = GATES[config.gate_kind(layer)](config)
+        self.gate = GATES[config.gate_kind(layer)](config, kernels)
         self.experts = StackedExperts(config)
         shared_width = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = FeedForward(config.hidden_size, shared_width, kernels) if shared_width else None

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from octofold.backends.software_npu.reference_ops import attention, elementwise, matmul, quantized, routing
+from octofold.backends.software_npu.reference_ops import attention, elementwise, gating, matmul, quantized, routing
 from octofold.backends.software_npu.reference_ops.support import Kernels
 
 KERNELS: Kernels = {
     **attention.KERNELS,
     **elementwise.KERNELS,
+    **gating.KERNELS,
     **matmul.KERNELS,
     **quantized.KERNELS,
     **routing.KERNELS,
