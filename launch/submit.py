@@ -93,8 +93,13 @@ def with_run_dir(
     otherwise = otherwise or default_run_dir(config.name, time.strftime("%Y%m%d-%H%M%S"))
     run_dir = Path(config.run_dir or otherwise)
     run_dir = run_dir.expanduser().absolute()
-    kept = [text for text, override in zip(texts, parse(texts), strict=True) if override.key_or_group != "run_dir"]
-    return replace(config, run_dir=str(run_dir)), [*kept, literal_override("run_dir", str(run_dir))]
+    overrides = parse(texts)
+    fixed = ["run_dir"]
+    # The newest run of now, not of when a queue has let the job start.
+    if any(override.key_or_group == "resume" and override.value() == "latest" for override in overrides):
+        fixed.append("resume")
+    kept = [text for text, override in zip(texts, overrides, strict=True) if override.key_or_group not in fixed]
+    return replace(config, run_dir=str(run_dir)), [*kept, *(literal_override(key, str(run_dir)) for key in fixed)]
 
 
 class _Parser(argparse.ArgumentParser):

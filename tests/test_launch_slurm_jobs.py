@@ -138,6 +138,16 @@ def test_two_nodes_train_what_one_host_does(root: Path, undisturbed: Path) -> No
     assert ours == pytest.approx(theirs, rel=1e-12)
 
 
+def test_the_latest_run_is_the_one_of_the_launch(cluster: SlurmCluster, undisturbed: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "run-before"
+    shutil.copytree(undisturbed, run_dir)
+    texts = ["launch=slurm", "launch.nodes=2", "launch.nproc_per_node=2", "resume=latest", "launch.dry_run=true"]
+    done = subprocess.run(
+        [*OCTOFOLD, "launch", *texts], env=cluster.environ, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert f"""'run_dir="{run_dir}"' 'resume="{run_dir}"' launch.name=torchrun""" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("how", ["warned", "preempted"])
 def test_a_job_that_has_to_go_saves_and_comes_back(
     cluster: SlurmCluster, root: Path, undisturbed: Path, how: str
