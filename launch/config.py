@@ -31,6 +31,9 @@ class LaunchConfig:
     """Machines, pods or Slurm nodes, each with nproc_per_node ranks."""
     stop_deadline_s: float = 30.0
     """Ranks save and end within this after Ctrl-C, SIGTERM or SIGUSR1; those that do not are killed."""
+    unfinished_status: int = 0
+    """Exit status of a node of a run that a signal has stopped, and that has saved before its last step. Those that
+    take 0 for the job's end, as Kubernetes' operators do, need another; launch=kubernetes gives 143."""
     max_restarts: int = 3
     """How often ranks are started again when one of them has failed, to go on from the newest valid checkpoint. Ranks
     that a launcher has started are its own to restart (torchrun --max-restarts)."""
@@ -69,6 +72,8 @@ def check(launch: LaunchConfig) -> None:
         raise ConfigError("launch.name", shown, rule, "octofold launch launch=torchrun (or slurm, kubernetes)")
     if not 0 <= launch.stop_deadline_s < float("inf"):
         raise ConfigError("launch.stop_deadline_s", launch.stop_deadline_s, "a number of seconds", "30")
+    if not 0 <= launch.unfinished_status < 256:
+        raise ConfigError("launch.unfinished_status", launch.unfinished_status, "an exit status, 0 to 255", "143")
     if launch.max_restarts < 0:
         raise ConfigError("launch.max_restarts", launch.max_restarts, "a count", "launch.max_restarts=0 for none")
     _check_environment(launch.environment)

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import PurePosixPath
@@ -106,6 +107,8 @@ def _command(config: JobConfig, overrides: Sequence[str], config_dirs: Sequence[
     # A pod that is started again goes on.
     asked = any(override.key_or_group == "resume" for override in parse(overrides))
     added = [] if asked else ["resume=auto"]
+    # An operator takes a pod that ends with 0 for one whose work is done.
+    added.append(f"launch.unfinished_status={128 + signal.SIGTERM}")
     return node_command(config.launch.kubernetes.program, overrides, [*flags, *added])
 
 

@@ -30,6 +30,7 @@ from octofold.launch.restart import mark_start
 from octofold.launch.run_folder import CONFIG_NAME, default_run_dir, make_run_folder, to_yaml, write_config
 from octofold.launch.run_lock import locked
 from octofold.launch.train import tell_changes, undo
+from octofold.train.metrics import read_metrics
 
 LOCK_WAIT_S = 15.0
 """An earlier attempt of a scheduler's job may just be ending, which other machines learn with a delay."""
@@ -64,7 +65,14 @@ def run_node(drafted: JobConfig, texts: Sequence[str], config_dirs: Sequence[str
         node.settle_mistake(ended)
     if heard:
         meeting.shutdown()
-    return ended.status
+    if ended.status or not launch.unfinished_status or _is_finished(node.run_dir, drafted.train.steps):
+        return ended.status
+    return launch.unfinished_status
+
+
+def _is_finished(run_dir: Path, steps: int) -> bool:
+    """Whether the run has made its last step, and closed."""
+    return any(record["kind"] == "final" and record["step"] >= steps for record in read_metrics(run_dir))
 
 
 def _folder(drafted: JobConfig, place: Place) -> Path:
