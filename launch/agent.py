@@ -20,6 +20,7 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousPa
 
 from octofold.launch.config import LaunchConfig
 from octofold.launch.failures import USERS_MISTAKE, Failure, clear_notes, first_failure
+from octofold.train.history import append
 
 FAILURE_GRACE_S = 5.0
 """What the other ranks have to end by themselves once one has failed: they may be stuck in a call to it for ever."""
@@ -63,6 +64,7 @@ class RankAgent(LocalElasticAgent):
         self.killed_why = ""
         self.failure: Failure | None = None
         """Of the last attempt."""
+        self._run_dir = run_dir
         self._logs, self._deadline_s, self._max_restarts = run_dir / "logs", launch.stop_deadline_s, launch.max_restarts
         self._told: set[int] = set()
 
@@ -131,7 +133,9 @@ class RankAgent(LocalElasticAgent):
         failure = first_failure(self._logs, result.failures, interrupted=interrupted)
         if not self._is_worth_restart(failure):
             self._remaining_restarts = 0
-        elif self._remaining_restarts:
+        if failure:
+            self._note_failure(failure, None, restarts=bool(self._remaining_restarts))
+        if self._remaining_restarts:
             assert failure is not None
             self._tell_restart(failure.message)
             clear_notes(self._logs)
@@ -143,6 +147,12 @@ class RankAgent(LocalElasticAgent):
         if self.stopped_by is not None or failure is None or failure.status == USERS_MISTAKE:
             return False
         return before is None or failure.cause is None or failure.cause != before.cause
+
+    def _note_failure(self, failure: Failure, node: str | None, *, restarts: bool) -> None:
+        """Enter what ended this attempt into the run's history."""
+        number = self._max_restarts - self._remaining_restarts + 1 if restarts else None
+        with suppress(OSError):  # it is told on the console, too
+            append(self._run_dir, "failure", rank=failure.rank, node=node, message=failure.message, restart=number)
 
     def _tell_restart(self, message: str) -> None:
         number = self._max_restarts - self._remaining_restarts + 1

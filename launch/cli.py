@@ -19,6 +19,7 @@ from octofold.launch.usage import (
     RANK_TABLE_USAGE,
     REPORT_USAGE,
     SAMPLE_USAGE,
+    STATUS_USAGE,
     TRACE_USAGE,
     TRAIN_USAGE,
     USAGE,
@@ -153,6 +154,12 @@ def _launch(argv: list[str]) -> int:
     return run(argv)
 
 
+def _status(argv: list[str]) -> int:
+    from octofold.launch.status import run
+
+    return run(argv)
+
+
 def _train(argv: list[str]) -> int:
     from octofold.launch.train import run
 
@@ -163,6 +170,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, TRAIN_USAGE),
     "launch": (_launch, LAUNCH_USAGE),
     "sample": (_sample, SAMPLE_USAGE),
+    "status": (_status, STATUS_USAGE),
     "report": (_report, REPORT_USAGE),
     "inspect": (_inspect, INSPECT_USAGE),
     "trace": (_trace, TRACE_USAGE),
@@ -172,7 +180,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "doctor": (_doctor, DOCTOR_USAGE),
     "rank-table": (_rank_table, RANK_TABLE_USAGE),
 }
-WITHOUT_JOB = ("sample", "report", "inspect", "export", "doctor", "rank-table")
+WITHOUT_JOB = ("sample", "status", "report", "inspect", "export", "doctor", "rank-table")
 """Verbs that take no keys of a job, but for those that ask for the software NPU."""
 
 

@@ -70,31 +70,44 @@ class Exchange:
         """Whether this node compares and decides."""
         return self.node == 0
 
-    def enter(self, told: Facts, answer: Callable[[list[Facts]], Facts], timeout_s: float) -> Facts:
-        """Tell the leader of this node, and return its answer, the same on every node; the thread begins then.
+    def enter(
+        self, told: Facts, answer: Callable[[list[Facts]], Facts], take: Callable[[Facts], str | None], timeout_s: float
+    ) -> list[str]:
+        """Tell the leader of this node, take its answer, and return what stands in the way; the thread begins then.
 
         Args:
             told: of this node.
             answer: called on the leader with what all have told.
+            take: called on every node with the answer; returns what is wrong with it here.
             timeout_s: for all to be heard, and for the answer.
+
+        Returns:
+            What `take` found wrong, of all nodes, the same on every one.
 
         Raises:
             MeetingError: a node does not tell, or the leader does not answer, within the time.
         """
         limit = timedelta(seconds=timeout_s)
 
-        def talk() -> Facts:
+        def gather(kind: str) -> list[Any]:
+            keys = [f"{kind}/{node}" for node in range(self.nodes)]
+            self._store.wait(keys, limit)
+            return [json.loads(text) for text in self._store.multi_get(keys)]
+
+        def said(key: str) -> Any:
+            self._store.wait([key], limit)
+            return json.loads(self._store.get(key))
+
+        def talk() -> list[str]:
             self._store.set(f"beat/{self.node}", "0")
             self._store.set(f"node/{self.node}", json.dumps(told))
             if self.leads:
-                keys = [f"node/{node}" for node in range(self.nodes)]
-                self._store.wait(keys, limit)
-                self._store.set(
-                    "answer", json.dumps(answer([json.loads(text) for text in self._store.multi_get(keys)]))
-                )
-            self._store.wait(["answer"], limit)
-            found: Facts = json.loads(self._store.get("answer"))
-            return found
+                self._store.set("answer", json.dumps(answer(gather("node"))))
+            self._store.set(f"ready/{self.node}", json.dumps(take(said("answer"))))
+            if self.leads:
+                self._store.set("problems", json.dumps([problem for problem in gather("ready") if problem]))
+            problems: list[str] = said("problems")
+            return problems
 
         try:
             found = bounded(talk, timeout_s + 1.0)

@@ -4,7 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from octofold.backends.errors import UserError
 from octofold.launch.config import LaunchConfig
 from octofold.launch.failures import clear_notes
+from octofold.train.history import append
 from octofold.train.stop import exit_status
 
 if TYPE_CHECKING:
@@ -121,6 +122,12 @@ def start_ranks(launch: LaunchConfig, run_dir: Path) -> Ended:
     with rank_environment(launch.nproc_per_node), agent.handling_signals():
         result = agent.run()
     return ended_with(agent, result)
+
+
+def note_end(run_dir: Path, ended: Ended) -> None:
+    """Enter into the run's history that the command which started its ranks is about to end."""
+    with suppress(OSError):  # a full disk; the exit status says it, too
+        append(run_dir, "end", status=ended.status, signal=ended.stopped_by)
 
 
 def ended_with(agent: "RankAgent", result: "RunResult") -> Ended:

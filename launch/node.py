@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import socket
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -22,7 +23,7 @@ from octofold.launch.config import check as check_launch
 from octofold.launch.environment import settings
 from octofold.launch.failures import USERS_MISTAKE
 from octofold.launch.job import Job, settle
-from octofold.launch.local import Ended, ended_with, rank_environment
+from octofold.launch.local import Ended, ended_with, note_end, rank_environment
 from octofold.launch.node_agent import NodeAgent
 from octofold.launch.place import Place, find_place
 from octofold.launch.rendezvous import Meeting, connect, run_id_of
@@ -32,6 +33,8 @@ from octofold.launch.run_lock import locked
 from octofold.launch.train import tell_changes, undo
 from octofold.train.metrics import read_metrics
 
+VISIBLE_S = 10.0
+"""What a shared file system may take to show one machine what another wrote."""
 LOCK_WAIT_S = 15.0
 """An earlier attempt of a scheduler's job may just be ending, which other machines learn with a delay."""
 
@@ -62,7 +65,7 @@ def run_node(drafted: JobConfig, texts: Sequence[str], config_dirs: Sequence[str
             ended = ended_with(agent, result)
         finally:
             heard = agent.close()
-        node.settle_mistake(ended)
+        node.conclude(ended)
     if heard:
         meeting.shutdown()
     if ended.status or not launch.unfinished_status or _is_finished(node.run_dir, drafted.train.steps):
@@ -132,23 +135,44 @@ class _Node:
         self._job = replace(job, config=config)
         return to_yaml(config)
 
-    def take(self, said: dict[str, Any]) -> None:
-        """Every node's: end with the leader's error, or see that the run's folder here has the leader's config.yaml."""
+    def take(self, said: dict[str, Any]) -> str | None:
+        """Every node's: what is wrong with the leader's answer here, as `STATUS` and a message; None: nothing."""
         if "error" in said:
-            error = UserError(said["error"])
-            error.status = said["status"]
-            raise error
+            return f"{said['status']}\n{said['error']}"
         self._yaml = said["config"]
-        path = self.run_dir / CONFIG_NAME
-        if not path.is_file() or path.read_text(encoding="utf-8") != self._yaml:
+        try:
+            self._require_folder(said["config"], said["names"][0])
+        except UserError as error:
+            return f"{error.status}\nnode {socket.gethostname()}: {error}"
+        return None
+
+    def _require_folder(self, yaml: str, leader: str) -> None:
+        """See that the run's folder is the leader's, or else that only logs are to go there.
+
+        Raises:
+            ConfigError: neither is so.
+        """
+        path, deadline_s = self.run_dir / CONFIG_NAME, time.monotonic() + VISIBLE_S
+        while not (path.is_file() and path.read_text(encoding="utf-8") == yaml):
+            if time.monotonic() < deadline_s:
+                time.sleep(0.1)
+                continue
+            if self._drafted.checkpoint.dir is None:
+                rule = f"every node finds the same folder, and what {leader} wrote there is not here"
+                remedy = "a folder that all nodes share, or a store for checkpoints: checkpoint.dir=s3://BUCKET/FOLDER"
+                raise ConfigError("run_dir", str(self.run_dir), rule, remedy)
             make_run_folder(replace(self._drafted, run_dir=str(self.run_dir)), resuming=True)
-            path.write_text(self._yaml, encoding="utf-8")
+            path.write_text(yaml, encoding="utf-8")
         (self.run_dir / "logs").mkdir(exist_ok=True)
 
-    def settle_mistake(self, ended: Ended) -> None:
-        """After a user's mistake the folder is as before, so that the next attempt meets no trace of it."""
-        if ended.status == USERS_MISTAKE and self._job is not None:
+    def conclude(self, ended: Ended) -> None:
+        """The leader's: note the end; after a user's mistake the folder is as before, for the next attempt."""
+        if self._job is None:
+            return
+        if ended.status == USERS_MISTAKE:
             undo(self._job.config, self.run_dir, self._previous)
+        else:
+            note_end(self.run_dir, ended)
 
 
 def config_hash(drafted: JobConfig) -> str:

@@ -1,5 +1,6 @@
 """The agent of one of several nodes: what fails on one ends the attempt on all, and all start again together."""
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -7,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerState
+from torch.distributed.elastic.rendezvous import RendezvousError
 
+from octofold.backends.errors import UserError
 from octofold.launch.agent import FAILURE_GRACE_S, MONITOR_INTERVAL_S, RankAgent
 from octofold.launch.config import LaunchConfig
 from octofold.launch.console import Follower
@@ -15,8 +18,17 @@ from octofold.launch.exchange import Exchange, bounded, of_attempt
 from octofold.launch.failures import Failure, clear_notes, first_failure
 from octofold.launch.rendezvous import Meeting, MeetingError
 
+MOST_SKEW_S = 5.0
 SPARE_S = 30.0
 """What a meeting may take beyond its own limit before its connection is taken for cut."""
+
+
+def problems_error(problems: list[str]) -> UserError:
+    """That nodes do not begin, and what stands in the way; each problem begins with its exit status, on a line."""
+    statuses, messages = zip(*(problem.split("\n", 1) for problem in problems), strict=True)
+    error = UserError("\n".join(dict.fromkeys(messages)))
+    error.status = max(map(int, statuses))
+    return error
 
 
 class NodeAgent(RankAgent):
@@ -33,13 +45,13 @@ class NodeAgent(RankAgent):
         meeting: Meeting,
         told: dict[str, Any],
         answer: Callable[[list[dict[str, Any]]], dict[str, Any]],
-        take: Callable[[dict[str, Any]], None],
+        take: Callable[[dict[str, Any]], str | None],
     ) -> None:
         """
         Args:
             told: of this node, `name` among it.
             answer: called on the leader with what all nodes told, before ranks start.
-            take: called on every node with the leader's answer; may raise `UserError`.
+            take: called on every node with the leader's answer; returns what is wrong with it here.
         """
         super().__init__(launch, run_dir, meeting, meeting.address, ("logged",))
         self._meeting, self._launch, self._told_of = meeting, launch, told
@@ -60,11 +72,7 @@ class NodeAgent(RankAgent):
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         self._close()
         arrived = self._arrive()
-        meet = super()._rendezvous
-        try:
-            bounded(lambda: meet(worker_group), self._launch.rendezvous.timeout_s + SPARE_S)
-        except (RuntimeError, TimeoutError) as error:  # torch's RendezvousError, and the store's
-            raise self._missing(arrived, error) from error
+        self._meet(worker_group, arrived, super()._rendezvous)
         assert worker_group.store is not None
         assert worker_group.group_rank is not None
         static = self._launch.rendezvous.backend == "static"
@@ -75,18 +83,44 @@ class NodeAgent(RankAgent):
             store, worker_group.group_rank, self._launch.nodes, lost_after_s, hosts_store=self._meeting.hosts_store
         )
 
-        def answer(nodes: list[dict[str, Any]]) -> dict[str, Any]:
-            names = [node["name"] for node in nodes]
-            return {"names": names, "remaining": self._remaining_restarts, **self._answer(nodes)}
-
-        said = exchange.enter(self._told_of, answer, self._launch.rendezvous.timeout_s)
-        # A node that comes instead of a lost one learns how many attempts have been made.
-        self._names, self._remaining_restarts = said["names"], said["remaining"]
-        self._take(said)
+        problems = exchange.enter(self._told_of, self._lead_in, self._enter, self._launch.rendezvous.timeout_s)
+        if problems:
+            raise problems_error(problems)
         own = self._ranks_of(exchange.node)
         clear_notes(self._logs, own)
         if exchange.leads and self._follower is None:
             self._follower = Follower(self._logs / "rank_0.log")
+
+    def _meet(self, worker_group: WorkerGroup, gathering: int, meet: Callable[[WorkerGroup], None]) -> None:
+        """Torch's part. Ranks are dealt out anew where a node has met that is not there any more."""
+        deadline_s = time.monotonic() + self._launch.rendezvous.timeout_s
+        while True:
+            try:
+                bounded(lambda: meet(worker_group), self._launch.rendezvous.timeout_s + SPARE_S)
+                return
+            except (RendezvousError, TimeoutError) as error:
+                raise self._missing(gathering, error) from error
+            except RuntimeError as error:  # the store's: a key that the absent node does not write
+                if time.monotonic() > deadline_s:
+                    raise self._missing(gathering, error) from error
+
+    def _lead_in(self, nodes: list[dict[str, Any]]) -> dict[str, Any]:
+        names = [node["name"] for node in nodes]
+        said = {"names": names, "remaining": self._remaining_restarts, **self._answer(nodes)}
+        return {**said, "time_s": time.time()}
+
+    def _enter(self, said: dict[str, Any]) -> str | None:
+        skew_s = time.time() - said["time_s"]
+        if abs(skew_s) > MOST_SKEW_S:
+            name = self._told_of["name"]
+            print(
+                f"octofold: the clock of {name} is {abs(skew_s):.0f} s from that of {said['names'][0]}: synchronise "
+                "them (chrony, ntpd), or the order of failures cannot be told",
+                file=sys.stderr,
+            )
+        # A node that comes instead of a lost one learns how many attempts have been made.
+        self._names, self._remaining_restarts = said["names"], said["remaining"]
+        return self._take(said)
 
     def _arrive(self) -> int:
         """Note that this node waits for the others; returns the number of this gathering."""
@@ -181,6 +215,9 @@ class NodeAgent(RankAgent):
         if lost and self._launch.rendezvous.backend == "static":
             again = False
         remaining = self._remaining_restarts if again else 0
+        if first:
+            rank = first.rank
+            self._note_failure(first, self.name_of(rank) if rank is not None else None, restarts=bool(remaining))
         verdict = {"failure": asdict(first) if first else None, "remaining": remaining}
         exchange.say("verdict", verdict)
         return verdict
@@ -189,7 +226,7 @@ class NodeAgent(RankAgent):
         """Wait for the leader's verdict."""
         while (seen := exchange.seen).verdict is None:
             if exchange.silent or seen.lost:
-                return self._alone(f"node {self._names[0]}, which leads", exchange)
+                return self._alone(f"node {self._names[0]}, which leads,", exchange)
             time.sleep(MONITOR_INTERVAL_S)
         return seen.verdict
 

@@ -7,7 +7,12 @@ from datetime import timedelta
 from pathlib import Path
 
 from torch.distributed import Store, TCPStore
-from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousParameters
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+)
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
@@ -17,9 +22,11 @@ from octofold.launch.addresses import address_towards, resolve
 from octofold.launch.config import LaunchConfig
 from octofold.launch.place import Place, hosts_store, unresolved
 
-READ_TIMEOUT_S = 60.0
+READ_TIMEOUT_S = 30.0
 RETRY_S = 0.5
 CLOSE_TIMEOUT_S = 5
+BEATS_MISSED = 3
+"""Torch's rendezvous takes a node for dead after so many."""
 
 
 class MeetingError(UserError):
@@ -111,14 +118,28 @@ class Meeting(RendezvousHandler):
             assert place.node_rank is not None
             host = self.address if place.node_rank == 0 else place.host
             return StaticTCPRendezvous(host, store.port, place.node_rank, launch.nodes, run_id, timeout_s)
-        times = {"join_timeout": timeout_s, "close_timeout": CLOSE_TIMEOUT_S, "keep_alive_interval": 2}
+        # Torch's own idea of a dead node must come before ours: it would count as one of those that meet again.
+        beat_s = max(1, int(launch.rendezvous.lost_after_s / (2 * BEATS_MISSED)))
+        times = {"join_timeout": timeout_s, "close_timeout": CLOSE_TIMEOUT_S, "keep_alive_interval": beat_s}
         parameters = RendezvousParameters(
             "c10d", f"{place.host}:{place.port}", run_id, launch.nodes, launch.nodes, local_addr=self.address, **times
         )
         return create_handler(store, C10dRendezvousBackend(store, run_id), parameters)
 
     def next_rendezvous(self) -> RendezvousInfo:
-        return self._inner.next_rendezvous()
+        """Torch's, with the ranks' store told anew: torch 2.13 keeps that of the first round, which a node that comes
+        later waits for in vain, and which may have been on a node that is lost."""
+        info = self._inner.next_rendezvous()
+        ranks_store, keys = info.bootstrap_store_info, RendezvousStoreInfo
+        if self._launch.rendezvous.backend == "static":
+            return info
+        assert ranks_store is not None
+        if info.rank == 0:
+            info.store.set(keys.MASTER_ADDR_KEY, ranks_store.master_addr)
+            info.store.set(keys.MASTER_PORT_KEY, str(ranks_store.master_port))
+        address = info.store.get(keys.MASTER_ADDR_KEY).decode()
+        port = int(info.store.get(keys.MASTER_PORT_KEY).decode())
+        return RendezvousInfo(info.store, info.rank, info.world_size, RendezvousStoreInfo(address, port))
 
     def get_backend(self) -> str:
         return self._inner.get_backend()

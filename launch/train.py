@@ -14,7 +14,7 @@ from octofold.launch.changes import EFFECTS
 from octofold.launch.config import JobConfig
 from octofold.launch.failures import USERS_MISTAKE
 from octofold.launch.job import Job, draft, settle
-from octofold.launch.local import Ended, Joined, join, start_ranks
+from octofold.launch.local import Ended, Joined, join, note_end, start_ranks
 from octofold.launch.restart import after_restart, has_saved, leave_mistake, mark_start, restarts
 from octofold.launch.run_folder import config_node, default_run_dir, make_run_folder, restore_config, write_config
 from octofold.launch.run_lock import locked
@@ -145,6 +145,8 @@ def _run_locked(config: JobConfig, run_dir: Path, in_process: bool) -> Ended:
         raise
     if ended.status == USERS_MISTAKE:
         undo(config, run_dir, previous)
+    else:
+        note_end(run_dir, ended)
     return ended
 
 

@@ -9,6 +9,7 @@ verbs:
   train       train a model, or go on with a run
   launch      start a job of several machines: over ssh, on Slurm, on Kubernetes
   sample      write text from a run's newest checkpoint
+  status      how far a run is, how often it was started again, what failed last
   report      draw a run: loss, expert load, throughput
   inspect     what a checkpoint holds, and whether it is valid
   verify      prove a configuration: a layout against one rank, a resume, FP8 against BF16
@@ -74,6 +75,15 @@ Prints the prompt and what the newest checkpoint of the run makes of it.
   sample.temperature=0.8    0 always takes the likeliest token
   sample.top_k=50           draw from the k likeliest only; 0: from all
   sample.seed=0
+"""
+
+STATUS_USAGE = """\
+usage: octofold status RUN [--json]
+
+Prints what a run's folder tells: whether a command trains into it, steps, speed, newest checkpoint, restarts, and the
+first error of the last attempt that failed, with its rank and node.
+
+exit status: 0 running, done or stopped by a signal; 1 failed, or ended without a word
 """
 
 INSPECT_USAGE = """\

@@ -120,6 +120,8 @@ def hosts(count: int, folder: Path) -> Iterator[list[Host]]:
             host.holder.kill()
             host.holder.wait()
         for n in range(count):
+            # A space lives on as long as a process in it, and its link with it.
+            subprocess.run(["ip", "link", "del", _outer(f"{stem}-{n}")], check=False, capture_output=True)
             subprocess.run(["ip", "netns", "del", f"{stem}-{n}"], check=False, capture_output=True)
         subprocess.run(["ip", "link", "del", bridge], check=False, capture_output=True)
 

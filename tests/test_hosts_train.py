@@ -21,13 +21,21 @@ JOB = [
 ]
 FP8 = 2e-3
 """What the order of sums does to a loss within four steps in emulated FP8: hosts that lie otherwise, sum otherwise."""
+SMALL = ["model=tiny", "precision=fp32", "data.tokenizer=bytes"]
+"""Over `JOB`, for what does not look at losses."""
 LIMIT_S = 150.0
 
 
-def node_command(count: int, ranks: int, run_dir: Path, *more: str, steps: int = 4) -> list[str]:
+def node_command(count: int, ranks: int, run_dir: Path, *more: str, steps: int = 4, small: bool = True) -> list[str]:
     """Of each of `count` hosts, the first of which is node0."""
     meeting = [f"launch.nodes={count}", "launch.rendezvous.endpoint=node0:29407", "launch.rendezvous.timeout_s=60"]
-    job = [*JOB, f"train.steps={steps}", f"run_dir={run_dir}", f"launch.nproc_per_node={ranks}"]
+    job = [
+        *JOB,
+        *(SMALL if small else []),
+        f"train.steps={steps}",
+        f"run_dir={run_dir}",
+        f"launch.nproc_per_node={ranks}",
+    ]
     return [*TRAIN, *job, "launch=torchrun", *meeting, *more]
 
 
@@ -42,16 +50,19 @@ def outputs(folder: Path) -> str:
     return "\n".join(path.read_text(errors="replace") for path in sorted(folder.glob("*.out")))
 
 
-def run_on(group: list[Host], ranks: int, folder: Path, *more: str, steps: int = 4) -> list[subprocess.Popen[str]]:
+def run_on(
+    group: list[Host], ranks: int, folder: Path, *more: str, steps: int = 4, small: bool = True
+) -> list[subprocess.Popen[str]]:
     """The job's agents, one started on each host."""
-    command = node_command(len(group), ranks, folder / "run", *more, steps=steps)
+    command = node_command(len(group), ranks, folder / "run", *more, steps=steps, small=small)
     return [host.start(command, folder / f"{host.name}.out") for host in group]
 
 
-def wait_for_step(run_dir: Path, step: int) -> None:
-    """Return once a step has been taken."""
+def wait_for_step(run_dir: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
+    """Return once a step has been taken; fail where a process ends before."""
     deadline_s = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline_s:
+        assert all(process.poll() is None for process in processes), outputs(run_dir.parent)
         if (run_dir / "metrics.jsonl").exists() and max(losses(run_dir), default=0) >= step:
             return
         time.sleep(0.1)
@@ -73,7 +84,7 @@ def test_hosts_train_to_the_losses_of_one(count, ranks, more, one_host, tmp_path
     with hosts(count, tmp_path) as group:
         if more:
             more = [*more, f"launch.hosts=[{','.join(host.name for host in group)}]"]
-        processes = run_on(group, ranks, tmp_path, *more)
+        processes = run_on(group, ranks, tmp_path, *more, small=False)
         assert ended(processes, LIMIT_S) == [0] * count, outputs(tmp_path)
     assert losses(tmp_path / "run") == pytest.approx(one_host, rel=FP8)
     logs = tmp_path / "run" / "logs"
@@ -84,8 +95,10 @@ def test_hosts_train_to_the_losses_of_one(count, ranks, more, one_host, tmp_path
 
 def test_a_rank_that_dies_is_named_with_its_host_and_all_go_on(tmp_path):
     with hosts(2, tmp_path) as group:
-        processes = run_on(group, 1, tmp_path, "checkpoint.every=1", "launch.rendezvous.lost_after_s=10", steps=12)
-        wait_for_step(tmp_path / "run", 3)
+        processes = run_on(
+            group, 1, tmp_path, "checkpoint.every_steps=1", "launch.rendezvous.lost_after_s=10", steps=12
+        )
+        wait_for_step(tmp_path / "run", 3, processes)
         victims = subprocess.run(["pgrep", "-f", f"launch.worker {tmp_path}"], capture_output=True, text=True).stdout
         spaces = {pid: Path(f"/proc/{pid}/environ").read_text().partition("\0RANK=")[2][:1] for pid in victims.split()}
         (victim,) = [pid for pid, rank in spaces.items() if rank == "1"]
@@ -100,8 +113,8 @@ def test_a_rank_that_dies_is_named_with_its_host_and_all_go_on(tmp_path):
 def test_a_host_whose_link_is_cut_is_named_within_the_time(tmp_path):
     with hosts(2, tmp_path) as group:
         times = ["launch.rendezvous.lost_after_s=6", "launch.rendezvous.timeout_s=10"]
-        processes = run_on(group, 1, tmp_path, *times, "checkpoint.every=1", steps=4000)
-        wait_for_step(tmp_path / "run", 2)
+        processes = run_on(group, 1, tmp_path, *times, "checkpoint.every_steps=1", steps=4000)
+        wait_for_step(tmp_path / "run", 2, processes)
         group[1].cut()
         began_s = time.monotonic()
         assert ended(processes, 120) == [1, 1], outputs(tmp_path)
@@ -115,10 +128,10 @@ def test_a_host_whose_link_is_cut_is_named_within_the_time(tmp_path):
 def test_a_host_that_is_lost_may_come_back(tmp_path):
     with hosts(2, tmp_path) as group:
         times = ["launch.rendezvous.lost_after_s=6", "launch.rendezvous.timeout_s=60"]
-        processes = run_on(group, 1, tmp_path, *times, "checkpoint.every=1", steps=10)
-        wait_for_step(tmp_path / "run", 3)
+        processes = run_on(group, 1, tmp_path, *times, "checkpoint.every_steps=1", steps=10)
+        wait_for_step(tmp_path / "run", 3, processes)
         group[1].kill()
-        command = node_command(2, 1, tmp_path / "run", *times, "checkpoint.every=1", "resume=auto", steps=10)
+        command = node_command(2, 1, tmp_path / "run", *times, "checkpoint.every_steps=1", "resume=auto", steps=10)
         time.sleep(1.0)
         again = group[1].start([text for text in command if text != "resume=auto"], tmp_path / "node1-again.out")
         assert ended([processes[0], again], LIMIT_S) == [0, 0], outputs(tmp_path)
@@ -129,7 +142,7 @@ def test_a_host_that_is_lost_may_come_back(tmp_path):
 def test_the_first_host_that_dies_is_named(tmp_path):
     with hosts(2, tmp_path) as group:
         processes = run_on(group, 1, tmp_path, "launch.rendezvous.lost_after_s=6", steps=4000)
-        wait_for_step(tmp_path / "run", 2)
+        wait_for_step(tmp_path / "run", 2, processes)
         group[0].kill()
         assert ended(processes[1:], 60) == [1], outputs(tmp_path)
     assert "node node0, which leads, has not been heard of for 6 s" in (tmp_path / "node1.out").read_text()

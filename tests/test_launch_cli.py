@@ -74,7 +74,7 @@ sys.exit(status if "torch" not in sys.modules else 99)
 
 MISTAKES = [
     (["trian"], "remedy: octofold train"),
-    (["frobnicate"], "train, launch, sample, report"),
+    (["frobnicate"], "train, launch, sample, status, report"),
     (["train", "train.stepz=5"], "remedy: train.steps=5"),
     (["train", "model=tinny"], "remedy: model=tiny"),
     (["train", "train.global_batch_size=7"], "multiple of micro batch"),

@@ -29,6 +29,7 @@ def test_verbs_come_first(ask):
         "train",
         "launch",
         "sample",
+        "status",
         "report",
         "inspect",
         "trace",

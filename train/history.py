@@ -5,10 +5,13 @@ One JSON object a line in `RUN/history.jsonl`, only ever appended to, by one pro
     begin   ranks                             from initial weights
     resume  asked, from, changes, allowed     `octofold train` was told to continue
     load    step, checkpoint, skipped, ranks  the ranks stand where this checkpoint was saved
+    failure rank, node, message, restart      what ended an attempt first, and the number of the attempt that follows
+    end     status, signal                    the command that started the ranks ended
 
 `asked` is what the user gave (auto, latest, a path) and `from` the run or checkpoint that it means; `changes` are those
 of config.yaml (launch/changes.py), `allowed` is resume_allow. Newer checkpoints were `skipped` for the reasons given. A
-restart by the launcher has no `resume` before its `load`.
+restart by the launcher has no `resume` before its `load`. Of a `failure`, `rank` is null where all hung, `node` where
+there is one, and `restart` where no attempt follows. A command that was killed has left no `end`.
 
 Each has `event`, `time` (UTC), `user`, `host` and `version` (Octofold's).
 """
