@@ -114,7 +114,7 @@ def make_run(tmp_path, name):
     return run_dir
 
 
-def wait_for(condition, timeout_s=15.0):
+def wait_for(condition, timeout_s=60):
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s, "waited in vain"
