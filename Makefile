@@ -3,6 +3,7 @@
 #   make train                       install, then pretrain the quickstart model and draw its plots (continues where it stopped)
 #   make test | make test-slow       the default suite | the proofs that take minutes
 #   make test-ascend                 the Ascend suite, on a software NPU, in an environment of its own
+#   make test-launch                 several hosts and a real Slurm on this machine (root, Linux); names what it lacks
 #   make lint                        ruff, mypy, hadolint
 #   make clean                       remove the environments, caches and the quickstart's run folder
 #
@@ -29,7 +30,7 @@ ASCEND_VENV := .venv-ascend
 ASCEND_CONSTRAINTS := constraints/ascend.txt
 ASCEND_PYTHON := TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND_VENV)/bin/python
 
-.PHONY: help train test test-slow test-ascend test-matrix lint format clean
+.PHONY: help train test test-slow test-ascend test-launch test-matrix lint format clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -66,7 +67,7 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	@echo "octofold: running the slow proofs"
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not ascend" -rP
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not ascend and not launch" -rP
 
 test-matrix: $(VENV)/.dev
 	@echo "octofold: running the whole matrix of layouts on DeepSeek-V2, and twenty seeds of other layouts"
@@ -75,6 +76,10 @@ test-matrix: $(VENV)/.dev
 test-ascend: $(ASCEND_VENV)/.dev
 	@echo "octofold: running the Ascend suite on a software NPU"
 	@$(ASCEND_PYTHON) -m pytest -m "ascend and not slow"
+
+test-launch: $(VENV)/.dev
+	@echo "octofold: running jobs over several hosts"
+	@$(BIN)/python -m pytest -m "launch and not slow"
 
 lint: $(VENV)/.dev
 	@echo "octofold: ruff, mypy and hadolint"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from octofold.backends.errors import ConfigError
 from octofold.launch.kubernetes_config import KubernetesConfig, check_kubernetes
+from octofold.launch.preflight_config import PreflightConfig, check_preflight
 from octofold.launch.rendezvous_config import RendezvousConfig, check_rendezvous
 from octofold.launch.slurm_config import SlurmConfig, check_slurm
 from octofold.launch.ssh_config import SshConfig, check_ssh
@@ -45,6 +46,7 @@ class LaunchConfig:
     """Names or addresses of the nodes, the first one first."""
     rendezvous: RendezvousConfig = field(default_factory=RendezvousConfig)
     ssh: SshConfig = field(default_factory=SshConfig)
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
 
@@ -80,6 +82,7 @@ def check(launch: LaunchConfig) -> None:
     _check_hosts(launch)
     check_rendezvous(launch.rendezvous, launch.nodes)
     check_ssh(launch.ssh, launch.hosts)
+    check_preflight(launch.preflight)
     if launch.name == "slurm":
         check_slurm(launch.slurm, launch.stop_deadline_s)
     if launch.name == "kubernetes":

@@ -26,6 +26,7 @@ from octofold.launch.job import Job, settle
 from octofold.launch.local import Ended, ended_with, note_end, rank_environment
 from octofold.launch.node_agent import NodeAgent
 from octofold.launch.place import Place, find_place
+from octofold.launch.preflight import complaints
 from octofold.launch.rendezvous import Meeting, connect, run_id_of
 from octofold.launch.restart import mark_start
 from octofold.launch.run_folder import CONFIG_NAME, default_run_dir, make_run_folder, to_yaml, write_config
@@ -112,7 +113,13 @@ class _Node:
             "octofold": version("octofold"),
             "launch.nproc_per_node": self._drafted.launch.nproc_per_node,
             "configuration": config_hash(self._drafted),
+            "complaints": complaints(self.run_dir) if self._examines() else [],
         }
+
+    def _examines(self) -> bool:
+        launch = self._drafted.launch
+        # The doctor looks for what a real NPU needs, CANN and a driver among it.
+        return launch.nodes > 1 and launch.preflight.doctor and not self._drafted.backend.software
 
     def answer(self, nodes: list[dict[str, Any]]) -> dict[str, Any]:
         """The leader's: the job's config.yaml, or why there is none."""
@@ -185,10 +192,16 @@ def config_hash(drafted: JobConfig) -> str:
 
 
 def require_alike(nodes: Sequence[dict[str, Any]]) -> None:
-    """Raise `UserError` naming the nodes that differ from the first, and in what."""
+    """Raise `UserError` naming the nodes that are not fit, or differ from the first, and in what."""
+    ill = [f"{node['name']}: {complaint}" for node in nodes for complaint in node["complaints"]]
+    if ill:
+        shown = "\n  ".join(["nodes are not fit", *ill])
+        rule = "nothing fails on a node that octofold doctor checks"
+        remedy = "mend it, leave the node out, or launch.preflight.doctor=false"
+        raise UserError(f"{shown}\n  rule:   {rule}\n  remedy: {remedy}")
     first = nodes[0]
     lines = []
-    for key in (key for key in first if key != "name"):
+    for key in (key for key in first if key not in ("name", "complaints")):
         others = [node for node in nodes if node.get(key) != first[key]]
         if others:
             told = ", ".join(f"{node['name']} {node.get(key)}" for node in others[:8])

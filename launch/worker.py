@@ -32,8 +32,13 @@ def main() -> int:
         from octofold.train.main import train
 
         config = read_config(run_dir)
+        before = None
+        if config.launch.nodes > 1 and config.launch.preflight.links and not restarts():
+            from octofold.launch.preflight import links_check
+
+            before = links_check(config.launch.preflight, config.backend)
         config = after_restart(config, run_dir) if restarts() else config
-        train(config, run_dir, stop_deadline_s=config.launch.stop_deadline_s)
+        train(config, run_dir, stop_deadline_s=config.launch.stop_deadline_s, before=before)
     except UserError as error:
         leave_note(log.parent, rank, error)
         return error.status

@@ -30,6 +30,7 @@ from octofold.backends.collectives import (
 from octofold.backends.errors import ConfigError
 from octofold.backends.flight import KEPT, FlightRecorder
 from octofold.backends.hierarchical import sums_taken
+from octofold.backends.links import measure_links
 from octofold.backends.observing import Call, group_name, observed
 from octofold.backends.topology import Topology
 from octofold.train.build import draft_model
@@ -240,3 +241,9 @@ def record_flight(late_s: float) -> dict[str, Any]:
         while flight.report()["recent"][-1]["done"] is not True and time.monotonic() < deadline_s:
             time.sleep(0.01)  # another thread tells
     return {"report": flight.report(), "meanwhile": (reports or [None])[0], "in_flight_s": in_flight_s}
+
+
+def links(ranks_per_node: int) -> list[tuple[tuple[int, ...], str]]:
+    """Between which nodes collectives were timed."""
+    times = measure_links(Topology(ranks_per_node, ranks_per_node), torch.device("cpu"), 1 << 12)
+    return [(time.nodes, time.collective) for time in times if time.seconds > 0 and time.bytes_per_s > 0]

@@ -21,7 +21,7 @@ WHY_NOT = next(
         why
         for why, lacks in {
             "network namespaces need root": os.geteuid() != 0,
-            "ip (iproute2) is not installed": shutil.which("ip") is None,
+            "ip and tc (iproute2) are not installed": None in (shutil.which("ip"), shutil.which("tc")),
             "unshare and nsenter (util-linux) are not installed": shutil.which("nsenter") is None,
         }.items()
         if lacks
@@ -79,13 +79,10 @@ class Host:
         """Take its link away: what is sent is lost, and nobody is told."""
         _ip("link", "set", _outer(self.space), "nomaster")
 
-    def join(self) -> None:
-        """Give its link back."""
-        _ip("link", "set", _outer(self.space), "master", _bridge(self.space))
-
-
-def _bridge(space: str) -> str:
-    return space.rpartition("-")[0] + "b"
+    def slow(self, rate: str) -> None:
+        """Let no more than this through to it, such as 20mbit."""
+        shape = ["tbf", "rate", rate, "burst", "64kb", "latency", "400ms"]
+        subprocess.run(["tc", "qdisc", "add", "dev", _outer(self.space), "root", *shape], check=True)
 
 
 def _outer(space: str) -> str:

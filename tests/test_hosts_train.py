@@ -1,6 +1,7 @@
 """Jobs over several hosts: each with its agent, in a network namespace of its own."""
 
 import json
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ FP8 = 2e-3
 """What the order of sums does to a loss within four steps in emulated FP8: hosts that lie otherwise, sum otherwise."""
 SMALL = ["model=tiny", "precision=fp32", "data.tokenizer=bytes"]
 """Over `JOB`, for what does not look at losses."""
+STATIC = ["launch.rendezvous.backend=static"]
 LIMIT_S = 150.0
 
 
@@ -79,7 +81,10 @@ def one_host(tmp_path_factory) -> dict[int, float]:
     return losses(run_dir)
 
 
-@pytest.mark.parametrize(("count", "ranks", "more"), [(2, 2, []), (4, 1, ["launch.rendezvous.backend=static"])])
+@pytest.mark.parametrize(
+    ("count", "ranks", "more"),
+    [(2, 2, []), pytest.param(4, 1, STATIC, marks=pytest.mark.slow)],
+)
 def test_hosts_train_to_the_losses_of_one(count, ranks, more, one_host, tmp_path):
     with hosts(count, tmp_path) as group:
         if more:
@@ -125,6 +130,7 @@ def test_a_host_whose_link_is_cut_is_named_within_the_time(tmp_path):
     assert "not been heard of for 6 s" in second
 
 
+@pytest.mark.slow
 def test_a_host_that_is_lost_may_come_back(tmp_path):
     with hosts(2, tmp_path) as group:
         times = ["launch.rendezvous.lost_after_s=6", "launch.rendezvous.timeout_s=60"]
@@ -139,6 +145,7 @@ def test_a_host_that_is_lost_may_come_back(tmp_path):
     assert max(losses(tmp_path / "run")) == 10
 
 
+@pytest.mark.slow
 def test_the_first_host_that_dies_is_named(tmp_path):
     with hosts(2, tmp_path) as group:
         processes = run_on(group, 1, tmp_path, "launch.rendezvous.lost_after_s=6", steps=4000)
@@ -148,6 +155,7 @@ def test_the_first_host_that_dies_is_named(tmp_path):
     assert "node node0, which leads, has not been heard of for 6 s" in (tmp_path / "node1.out").read_text()
 
 
+@pytest.mark.slow
 def test_a_host_may_come_late_or_never(tmp_path):
     with hosts(2, tmp_path) as group:
         command = node_command(2, 1, tmp_path / "run", steps=2)
@@ -200,3 +208,26 @@ def test_nodes_that_were_given_different_jobs_are_named(tmp_path):
         assert "nodes differ in configuration: node0 " in said
         assert "every node has the same versions and composes the same job" in said
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_node_that_the_doctor_finds_unfit_is_named(tmp_path):
+    with hosts(2, tmp_path) as group:
+        command = node_command(2, 1, tmp_path / "run")
+        processes = [
+            group[0].start(command, tmp_path / "node0.out"),
+            group[1].start(command, tmp_path / "node1.out", GLOO_SOCKET_IFNAME="eth77"),
+        ]
+        assert ended(processes, 120) == [2, 2], outputs(tmp_path)
+    for host in group:
+        said = (tmp_path / f"{host.name}.out").read_text()
+        assert "node1: interfaces: GLOO_SOCKET_IFNAME=eth77 matches no interface of this machine" in said
+
+
+@pytest.mark.slow
+def test_a_host_with_a_slow_link_is_named(tmp_path):
+    with hosts(3, tmp_path) as group:
+        group[2].slow("20mbit")
+        more = ["launch.preflight.message_mib=1", "train.global_batch_size=6", "parallel.expert=1"]
+        processes = run_on(group, 1, tmp_path, *more, "launch.preflight.doctor=false")
+        assert ended(processes, LIMIT_S) == [2] * 3, outputs(tmp_path)
+    assert re.search(r"slow: node2 \([\d.]+ times the usual\)", outputs(tmp_path))

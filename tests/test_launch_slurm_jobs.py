@@ -138,6 +138,7 @@ def test_two_nodes_train_what_one_host_does(root: Path, undisturbed: Path) -> No
     assert ours == pytest.approx(theirs, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_the_latest_run_is_the_one_of_the_launch(cluster: SlurmCluster, undisturbed: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "run-before"
     shutil.copytree(undisturbed, run_dir)
@@ -169,6 +170,7 @@ def test_a_job_that_has_to_go_saves_and_comes_back(
     assert_same_run(run_dir, undisturbed)
 
 
+@pytest.mark.slow
 def test_slurm_warns_before_the_time_limit(cluster: SlurmCluster, root: Path) -> None:
     run_dir = root / "limit"
     number = submitted(cluster, root, run_dir, "launch.slurm.time=1:00:00", steps=1000)
@@ -183,6 +185,7 @@ def test_slurm_warns_before_the_time_limit(cluster: SlurmCluster, root: Path) ->
     assert newest(run_dir).name == f"step_{last}"
 
 
+@pytest.mark.slow
 def test_a_lost_node_puts_the_job_on_others(cluster: SlurmCluster, root: Path, undisturbed: Path) -> None:
     run_dir = root / "lost"
     number = submitted(cluster, root, run_dir)
@@ -198,6 +201,7 @@ def test_a_lost_node_puts_the_job_on_others(cluster: SlurmCluster, root: Path, u
     assert_same_run(run_dir, undisturbed)
 
 
+@pytest.mark.slow
 def test_an_agent_that_is_killed_fails_the_job(cluster: SlurmCluster, root: Path) -> None:
     run_dir = root / "killed"
     waits = ("launch.rendezvous.timeout_s=20", "launch.rendezvous.lost_after_s=5")
@@ -209,6 +213,7 @@ def test_an_agent_that_is_killed_fails_the_job(cluster: SlurmCluster, root: Path
     assert "node n2" in printed(run_dir)
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_saves_and_stays_away(cluster: SlurmCluster, root: Path) -> None:
     run_dir = root / "cancelled"
     number = submitted(cluster, root, run_dir, steps=1000)
@@ -241,6 +246,7 @@ def test_nodes_of_different_sizes_are_refused(cluster: SlurmCluster, root: Path)
     assert not (run_dir / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_is_one_array(cluster: SlurmCluster, root: Path) -> None:
     texts = [text for text in overrides(job_config(root, steps=3)) if not text.startswith(("run_dir=", "optim.lr="))]
     sweep = "optim.lr=1e-3,2e-3"

@@ -1,6 +1,7 @@
 """One rank of a training run, from a configuration to its last checkpoint."""
 
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -45,7 +46,13 @@ class Outcome:
     """The signal that stopped it before its last step, on some rank."""
 
 
-def train(config: RunConfig, run_dir: Path, *, stop_deadline_s: float = math.inf) -> Outcome:
+def train(
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    stop_deadline_s: float = math.inf,
+    before: Callable[[Backend, RankInfo], None] | None = None,
+) -> Outcome:
     """Train as configured, on the rank that the environment names (RANK, WORLD_SIZE, LOCAL_RANK; else a world of one).
 
     Collective: every rank of the job calls it with the same arguments. `config` must be validated
@@ -53,6 +60,7 @@ def train(config: RunConfig, run_dir: Path, *, stop_deadline_s: float = math.inf
 
     Args:
         stop_deadline_s: after a signal to stop, a rank that has not saved by then ends its process.
+        before: called once ranks can talk, before anything is built; may raise `UserError`, on all of them.
 
     Raises:
         UserError: data, a checkpoint, the device or the disk cannot serve; nothing already saved is lost.
@@ -64,6 +72,8 @@ def train(config: RunConfig, run_dir: Path, *, stop_deadline_s: float = math.inf
     with joined(backend, config.backend, info), ExitStack() as held:
         # First, before ranks talk: every rank knows it of its own device.
         require_arithmetic(config.precision, backend.capabilities(info.local_rank))
+        if before is not None:
+            before(backend, info)
         # After a restart each rank has looked for itself, while another machine's disk may have shown less.
         config = replace(config, resume=Ranks(None).first(lambda: config.resume))
         held.enter_context(owned(run_dir, config.checkpoint, begins=not config.resume))

@@ -1,0 +1,63 @@
+"""Before the first step of a job of several nodes: what each says of itself, and how fast the links are."""
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from octofold.backends.base import Backend
+from octofold.backends.collectives import all_gather_bytes
+from octofold.backends.config import BackendConfig
+from octofold.backends.errors import UserError
+from octofold.backends.links import MIB, LinkTime, measure_links, slow_nodes
+from octofold.backends.process_group import RankInfo
+from octofold.backends.topology import Topology
+from octofold.launch.doctor import diagnose
+from octofold.launch.doctor_finding import FAIL
+from octofold.launch.preflight_config import PreflightConfig
+
+
+def complaints(run_dir: Path) -> list[str]:
+    """What fails on this node, as `octofold doctor` sees it."""
+    found = [finding for finding in diagnose(os.environ, run_dir) if finding.status == FAIL]
+    return [f"{finding.name}: {finding.what}\n          remedy: {finding.remedy}" for finding in found]
+
+
+def links_check(config: PreflightConfig, backend: BackendConfig) -> Callable[[Backend, RankInfo], None]:
+    """What ranks do, in their process group, before anything is built. Collective."""
+
+    def check(made: Backend, info: RankInfo) -> None:
+        topology = Topology.read(backend, info)
+        names = _node_names(topology, made, info)
+        times = measure_links(topology, made.device(info.local_rank), config.message_mib * MIB)
+        if info.rank == 0:
+            print("\n".join(["links between nodes", *table(times, names)]), flush=True)
+        slow = slow_nodes(times, config.slow_factor)
+        if not slow:
+            return
+        told = ", ".join(f"{names[node]} ({times_:.1f} times the usual)" for node, times_ in sorted(slow.items()))
+        if config.stop_on_slow:
+            limit = f"launch.preflight.slow_factor={config.slow_factor:g}"
+            rule = f"no node's links take more than {limit} times what is usual"
+            remedy = "leave it out, see its links, or launch.preflight.stop_on_slow=false"
+            raise UserError(f"slow: {told}\n  rule:   {rule}\n  remedy: {remedy}")
+        if info.rank == 0:
+            print(f"octofold: slow: {told}", flush=True)
+
+    return check
+
+
+def _node_names(topology: Topology, backend: Backend, info: RankInfo) -> list[str]:
+    told = all_gather_bytes(json.dumps(socket.gethostname()).encode(), backend.device(info.local_rank))
+    return [str(json.loads(name)) for name in told[:: topology.ranks_per_node]]
+
+
+def table(times: list[LinkTime], names: list[str]) -> list[str]:
+    """Lines of nodes, collective, and what one rank sends a second."""
+    rows = [(" - ".join(names[node] for node in time.nodes), time.collective, time) for time in times]
+    width = max(len(name) for name, _, _ in rows) if rows else 0
+    return [
+        f"  {name:{width}}  {collective:10}  {time.bytes_per_s / 1e9:8.3f} GB/s a rank, {time.seconds * 1e3:.1f} ms"
+        for name, collective, time in rows
+    ]
