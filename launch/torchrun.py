@@ -34,7 +34,8 @@ def remote_script(directory: str, command: Sequence[str]) -> str:
             f"cd {shlex.quote(directory)} || exit 2",
             "exec 3<&0",
             f"{shlex.join(command)} 3<&- </dev/null & job=$!",
-            "(cat <&3 >/dev/null; kill -TERM $job 2>/dev/null) & guard=$!",
+            # It must not hold the output, for whose end ssh waits.
+            "(cat <&3; kill -TERM $job) >/dev/null 2>&1 & guard=$!",
             "wait $job; status=$?",
             "kill $guard 2>/dev/null",
             "exit $status",

@@ -35,7 +35,7 @@ class Outcome:
     step: int
     interrupted_by: int | None = None
 
-def train(config, run_dir, *, stop_deadline_s):
+def train(config, run_dir, *, stop_deadline_s, before=None):
     note = lambda name, text="": (run_dir / f"{name}_{RANK}").write_text(str(text))
 
     def wait_for_rank_1():
