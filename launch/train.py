@@ -40,6 +40,9 @@ def run(argv: list[str]) -> int:
         return _inform(options) if options.info else _show(options)
     drafted = None if options.multirun else draft(options.overrides, options.config_dir)
     if drafted and drafted.launch.name != "local" and TORCHRUN not in os.environ:
+        if drafted.launch.name != "torchrun":
+            rule = "octofold train runs ranks here, or is the agent of one node; octofold launch submits"
+            raise ConfigError("launch.name", drafted.launch.name, rule, f"octofold launch launch={drafted.launch.name}")
         enter_if_asked(drafted.backend)
         from octofold.launch.node import run_node
 

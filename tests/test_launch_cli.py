@@ -74,6 +74,7 @@ sys.exit(status if "torch" not in sys.modules else 99)
 
 MISTAKES = [
     (["trian"], "remedy: octofold train"),
+    (["train", "launch=slurm"], "octofold launch launch=slurm"),
     (["frobnicate"], "train, launch, sample, status, report"),
     (["train", "train.stepz=5"], "remedy: train.steps=5"),
     (["train", "model=tinny"], "remedy: model=tiny"),

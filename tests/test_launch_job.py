@@ -46,7 +46,7 @@ def test_a_launcher_decides_the_number_of_ranks():
         (["data=text", "data.path=/no/such"], ["data.path=/no/such", "no file matches"]),
         (["launch.nproc_per_node=0"], ["at least one rank"]),
         (["launch.stop_deadline_s=-1"], ["launch.stop_deadline_s=-1"]),
-        (["launch.name=slurm"], ["launch=local"]),
+        (["launch.name=pbs"], ["launch=local"]),
         (["model.num_experts_per_tok=99"], ["cannot choose more experts"]),
         (["resume=auto"], ["add run_dir=FOLDER"]),
         (["resume=/no/such"], ["holds no run"]),
