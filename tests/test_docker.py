@@ -76,6 +76,7 @@ def test_dependencies_are_a_layer_of_their_own(image):
     assert all("-c constraints/" in rest for word, rest in words if "pip install" in rest)
 
 
+@pytest.mark.launch
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_install_steps_of_the_cpu_image_make_an_octofold_that_works(tmp_path):

@@ -15,6 +15,7 @@ from octofold.launch.kubernetes import MANIFEST, prepare
 
 pytestmark = [
     pytest.mark.launch,
+    pytest.mark.slow,
     pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT),
     pytest.mark.timeout(400),
 ]

@@ -14,7 +14,12 @@ from test_hosts_train import JOB, LIMIT_S, SMALL, losses, outputs, wait_for_step
 
 SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin")
 WHY = WHY_NOT or ("" if SSHD and shutil.which("ssh-keygen") else "openssh-server is not installed")
-pytestmark = [pytest.mark.launch, pytest.mark.skipif(bool(WHY), reason=WHY), pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.launch,
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(WHY), reason=WHY),
+    pytest.mark.timeout(300),
+]
 
 
 @pytest.fixture

@@ -98,6 +98,7 @@ def test_hosts_train_to_the_losses_of_one(count, ranks, more, one_host, tmp_path
     assert sum(told) == 1, "rank 0 alone is on a console"
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_is_named_with_its_host_and_all_go_on(tmp_path):
     with hosts(2, tmp_path) as group:
         processes = run_on(
@@ -115,6 +116,7 @@ def test_a_rank_that_dies_is_named_with_its_host_and_all_go_on(tmp_path):
     assert max(losses(tmp_path / "run")) == 12
 
 
+@pytest.mark.slow
 def test_a_host_whose_link_is_cut_is_named_within_the_time(tmp_path):
     with hosts(2, tmp_path) as group:
         times = ["launch.rendezvous.lost_after_s=6", "launch.rendezvous.timeout_s=10"]
