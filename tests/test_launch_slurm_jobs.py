@@ -149,7 +149,7 @@ def test_the_latest_run_is_the_one_of_the_launch(cluster: SlurmCluster, undistur
     assert f"""'run_dir="{run_dir}"' 'resume="{run_dir}"' launch.name=torchrun""" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("how", ["warned", "preempted"])
+@pytest.mark.parametrize("how", ["warned", pytest.param("preempted", marks=pytest.mark.slow)])
 def test_a_job_that_has_to_go_saves_and_comes_back(
     cluster: SlurmCluster, root: Path, undisturbed: Path, how: str
 ) -> None:
