@@ -64,6 +64,9 @@ def run_node(drafted: JobConfig, texts: Sequence[str], config_dirs: Sequence[str
             with rank_environment(launch.nproc_per_node), agent.handling_signals():
                 result = agent.run()
             ended = ended_with(agent, result)
+        except UserError as error:
+            node.conclude(Ended(error.status))
+            raise
         finally:
             heard = agent.close()
         node.conclude(ended)

@@ -17,10 +17,14 @@ from octofold.launch.doctor import diagnose
 from octofold.launch.doctor_finding import FAIL
 from octofold.launch.preflight_config import PreflightConfig
 
+OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Where an operator sets them they count pods, and the agent itself listens at the port."""
+
 
 def complaints(run_dir: Path) -> list[str]:
     """What fails on this node, as `octofold doctor` sees it."""
-    found = [finding for finding in diagnose(os.environ, run_dir) if finding.status == FAIL]
+    environ = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
+    found = [finding for finding in diagnose(environ, run_dir) if finding.status == FAIL]
     return [f"{finding.name}: {finding.what}\n          remedy: {finding.remedy}" for finding in found]
 
 
