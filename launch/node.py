@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from typing import Any
 
 from octofold.backends.errors import ConfigError, UserError
 from octofold.launch.addresses import interface_of
+from octofold.launch.compose import parse
 from octofold.launch.config import JobConfig, LaunchConfig
 from octofold.launch.config import check as check_launch
 from octofold.launch.environment import settings
@@ -52,11 +54,16 @@ def run_node(drafted: JobConfig, texts: Sequence[str], config_dirs: Sequence[str
     launch = drafted.launch
     check_launch(launch)
     place = find_place(launch, os.environ)
+    if launch.nodes > 1 and any(o.key_or_group == "resume" and o.value() == "latest" for o in parse(texts)):
+        rule = "every node must find the same run, and each would look for itself"
+        raise ConfigError("resume", "latest", rule, f"resume={drafted.run_dir}, or octofold launch, which looks once")
     node = _Node(drafted, texts, config_dirs, _folder(drafted, place))
     store = connect(place, launch)
     meeting = Meeting(place, launch, store, run_id_of(place, node.run_dir))
     own = settings(drafted.backend.name, interface_of(meeting.address) if launch.nodes > 1 else None, os.environ)
     os.environ.update({setting.name: setting.value for setting in own} | launch.environment)
+    for setting in own:
+        print(f"octofold: {setting.name}={setting.value}  ({setting.why})", file=sys.stderr, flush=True)
     with ExitStack() as held:
         node.held = held
         agent = NodeAgent(launch, node.run_dir, meeting, node.facts(), node.answer, node.take)
@@ -83,9 +90,6 @@ def _is_finished(run_dir: Path, steps: int) -> bool:
 
 
 def _folder(drafted: JobConfig, place: Place) -> Path:
-    if drafted.resume == "latest":
-        rule = "every node must find the same run, and each would look for itself"
-        raise ConfigError("resume", "latest", rule, "resume=RUN")
     run_dir = drafted.run_dir
     if run_dir is None:
         if place.id is None:
