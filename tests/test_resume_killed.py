@@ -185,7 +185,7 @@ def test_a_command_whose_rank_is_killed_goes_on_when_it_is_given_again(undisturb
     assert again.returncode == 0, again.stdout + again.stderr
     found = outcome(run_dir)
     assert found == undisturbed.outcome
-    assert [event["event"] for event in read_history(run_dir)] == ["begin", "resume", "load"]
+    assert [event["event"] for event in read_history(run_dir)] == ["begin", "failure", "end", "resume", "load", "end"]
 
 
 def rank_process(launcher: int, rank: str) -> psutil.Process:
