@@ -30,6 +30,9 @@ class LaunchConfig:
     """Ranks to start on this machine; ignored where a launcher has already started them."""
     nodes: int = 1
     """Machines, pods or Slurm nodes, each with nproc_per_node ranks."""
+    min_nodes: int | None = None
+    """The job goes on with so many, where others are lost, unfit or slow: on as many as its layout and its batch can be
+    divided among; the rest stand by for those that fail. null: it needs all."""
     stop_deadline_s: float = 30.0
     """Ranks save and end within this after Ctrl-C, SIGTERM or SIGUSR1; those that do not are killed."""
     unfinished_status: int = 0
@@ -81,6 +84,7 @@ def check(launch: LaunchConfig) -> None:
     _check_environment(launch.environment)
     _check_hosts(launch)
     check_rendezvous(launch.rendezvous, launch.nodes)
+    _check_min_nodes(launch)
     check_ssh(launch.ssh, launch.hosts)
     check_preflight(launch.preflight)
     if launch.name == "slurm":
@@ -96,6 +100,22 @@ def _check_environment(environment: dict[str, str]) -> None:
             raise ConfigError("launch.environment", name, rule, "launch.environment={NAME:VALUE}")
         if "\0" in value:
             raise ConfigError("launch.environment", name, "no variable holds a NUL character", "another value")
+
+
+def _check_min_nodes(launch: LaunchConfig) -> None:
+    if launch.min_nodes is None:
+        return
+    if not 1 <= launch.min_nodes <= launch.nodes:
+        rule = f"from 1 to launch.nodes={launch.nodes}"
+        raise ConfigError("launch.min_nodes", launch.min_nodes, rule, "launch.min_nodes=null, which needs all")
+    if launch.min_nodes < launch.nodes and launch.rendezvous.backend == "static":
+        shown = f"{launch.min_nodes} launch.rendezvous.backend=static"
+        rule = "with the static rendezvous every node keeps its number, and none can be missing"
+        raise ConfigError("launch.min_nodes", shown, rule, "launch.rendezvous.backend=c10d")
+    if launch.rendezvous.last_call_s >= launch.rendezvous.timeout_s:
+        shown = f"{launch.rendezvous.last_call_s:g} launch.rendezvous.timeout_s={launch.rendezvous.timeout_s:g}"
+        rule = "the last call is part of the time in which nodes meet"
+        raise ConfigError("launch.rendezvous.last_call_s", shown, rule, "a shorter one, or a longer timeout_s")
 
 
 def _check_hosts(launch: LaunchConfig) -> None:

@@ -42,7 +42,7 @@ class Seen:
     accounts: dict[int, Any] = field(default_factory=dict)
     """Node -> what it said as `account/NODE`; read by the leader once there is an alarm."""
     done: int = 0
-    """Nodes whose ranks have all succeeded."""
+    """How many nodes' ranks have all succeeded."""
 
 
 class Exchange:
@@ -63,6 +63,8 @@ class Exchange:
         self._lock, self._left = threading.Lock(), threading.Event()
         self._seen = Seen(time.monotonic())
         self._beats: dict[int, tuple[int, float]] = {}
+        self.running: tuple[int, ...] = tuple(range(nodes))
+        """The nodes that run ranks, in the order of these; the leader need not be one. Told by the answer."""
         self._thread = threading.Thread(target=self._talk, name="octofold-exchange", daemon=True)
 
     @property
@@ -77,7 +79,8 @@ class Exchange:
 
         Args:
             told: of this node.
-            answer: called on the leader with what all have told.
+            answer: called on the leader with what all have told; `running` of it, where it is there, names the nodes
+                that run ranks.
             take: called on every node with the answer; returns what is wrong with it here.
             timeout_s: for all to be heard, and for the answer.
 
@@ -103,7 +106,9 @@ class Exchange:
             self._store.set(f"node/{self.node}", json.dumps(told))
             if self.leads:
                 self._store.set("answer", json.dumps(answer(gather("node"))))
-            self._store.set(f"ready/{self.node}", json.dumps(take(said("answer"))))
+            told_back = said("answer")
+            self.running = tuple(told_back.get("running", self.running))
+            self._store.set(f"ready/{self.node}", json.dumps(take(told_back)))
             if self.leads:
                 self._store.set("problems", json.dumps([problem for problem in gather("ready") if problem]))
             problems: list[str] = said("problems")
@@ -190,7 +195,8 @@ class Exchange:
         alarm = store.check(["alarm"])
         verdict = json.loads(store.get("verdict")) if store.check(["verdict"]) else None
         done = store.add("done", 0)
-        watched = range(1, self.nodes) if self.leads else [0]
+        # Who stands by may go.
+        watched = [node for node in self.running if node] if self.leads else [0]
         beats = store.multi_get([f"beat/{node}" for node in watched]) if watched else []
         now_s = time.monotonic()
         for node, text in zip(watched, beats, strict=True):

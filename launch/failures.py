@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Container
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,18 @@ LOG_LINES_SHOWN = 15
 SECOND_NS = 10**9
 USERS_MISTAKE = 2
 """Exit status of a process that ends with a `UserError`."""
+
+
+class SlowNodesError(UserError):
+    """That a job's nodes cannot begin together because of some that are slow."""
+
+    def __init__(self, message: str, nodes: Iterable[int]) -> None:
+        """
+        Args:
+            nodes: their numbers, in the order of ranks.
+        """
+        super().__init__(message)
+        self.nodes = tuple(nodes)
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,8 @@ class Failure:
     """The rank that failed first; None where all hung."""
     time_ns: int = 0
     """When, by its node's clock; of a rank that was killed, the second in which that was noticed."""
+    slow: tuple[int, ...] = ()
+    """Nodes that the preflight found slow, in the order of ranks."""
 
 
 def leave_note(logs: Path, rank: int, error: BaseException) -> None:
@@ -46,22 +60,27 @@ def leave_note(logs: Path, rank: int, error: BaseException) -> None:
     try:
         with (logs / f"rank_{rank}.log").open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(lines)
-        leave_message(logs, rank, message, is_users=is_users, passes=passes)
+        slow = error.nodes if isinstance(error, SlowNodesError) else ()
+        leave_message(logs, rank, message, is_users=is_users, passes=passes, slow=slow)
     except OSError as reason:
         print(f"rank {rank}: {''.join(lines)}  (not noted in {logs}: {reason})", file=sys.stderr)
 
 
-def leave_message(logs: Path, rank: int, message: str, *, is_users: bool = False, passes: bool = False) -> None:
+def leave_message(
+    logs: Path, rank: int, message: str, *, is_users: bool = False, passes: bool = False, slow: Sequence[int] = ()
+) -> None:
     """Note a rank's failure.
 
     Args:
         is_users: only the user can mend it.
         passes: the same may go well later, such as a store that is away.
+        slow: see `Failure`.
 
     Raises:
         OSError: the folder does not take it.
     """
     failure = {"time_ns": time.time_ns(), "rank": rank, "is_users": is_users, "passes": passes, "message": message}
+    failure |= {"slow": list(slow)}
     path = logs / f"failure_rank_{rank}.json"
     # Whole or not at all: the disk may be full, and a rank that takes long over it is killed.
     draft = path.with_suffix(".draft")
@@ -106,7 +125,8 @@ def first_failure(
         first = min(noted, key=lambda failure: failure["time_ns"])
         rank, time_ns = first["rank"], first["time_ns"]
         if first["is_users"]:
-            return Failure(USERS_MISTAKE, first["message"], rank=rank, time_ns=time_ns)
+            slow = tuple(first.get("slow", ()))
+            return Failure(USERS_MISTAKE, first["message"], rank=rank, time_ns=time_ns, slow=slow)
         # Twice the same says nothing of what passes: a store may be away today and in a week.
         cause = None if first["passes"] else first["message"]
         return Failure(1, _account(logs, rank, "failed", first["message"]), cause, rank, time_ns)

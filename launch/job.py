@@ -9,6 +9,7 @@ from octofold.launch.changes import Change, check_names, differences, require_al
 from octofold.launch.compose import apply, compose, parse
 from octofold.launch.config import JobConfig, LaunchConfig
 from octofold.launch.config import check as check_launch
+from octofold.launch.members import fitted
 from octofold.launch.run_folder import CONFIG_NAME, latest_run, read_config, saved_checkpoints, with_saved_values
 from octofold.train.checkpoint.folders import Folder
 from octofold.train.checkpoint.validity import candidates
@@ -80,8 +81,12 @@ def settle(
     config = config if model is None else replace(config, model=model)
     check_launch(config.launch)
     check_names(config.resume_allow)
-    checked = validate(config, world_size or config.launch.nodes * config.launch.nproc_per_node)
-    assert isinstance(checked, JobConfig)
+    if world_size is None:
+        checked = fitted(config, config.launch.nodes)
+    else:
+        joined = validate(config, world_size)
+        assert isinstance(joined, JobConfig)
+        checked = joined
     if checked.resume == "auto":
         checked = _automatic(checked)
         return Job(checked, reuse_folder=True, asked="auto", changes=_allowed_changes(checked))

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,7 @@ from octofold.launch.environment import settings
 from octofold.launch.failures import USERS_MISTAKE
 from octofold.launch.job import Job, settle
 from octofold.launch.local import Ended, ended_with, note_end, rank_environment
+from octofold.launch.members import fit_nodes, nodes_of, refitted, require_alike, standing_by
 from octofold.launch.node_agent import NodeAgent
 from octofold.launch.place import Place, find_place
 from octofold.launch.preflight import complaints
@@ -34,6 +35,7 @@ from octofold.launch.restart import mark_start
 from octofold.launch.run_folder import CONFIG_NAME, default_run_dir, make_run_folder, to_yaml, write_config
 from octofold.launch.run_lock import locked
 from octofold.launch.train import tell_changes, undo
+from octofold.train.history import append
 from octofold.train.metrics import read_metrics
 
 VISIBLE_S = 10.0
@@ -106,8 +108,8 @@ class _Node:
         self._drafted, self._texts, self._config_dirs = drafted, texts, config_dirs
         self.run_dir = run_dir
         self.held = ExitStack()
-        self._yaml: str | None = None
         self._job: Job | None = None
+        self._running: list[str] | None = None
         self._previous: str | None = None
 
     def facts(self) -> dict[str, Any]:
@@ -129,31 +131,55 @@ class _Node:
         return launch.nodes > 1 and launch.preflight.doctor and not self._drafted.backend.software
 
     def answer(self, nodes: list[dict[str, Any]]) -> dict[str, Any]:
-        """The leader's: the job's config.yaml, or why there is none."""
+        """The leader's: the job's config.yaml and the nodes that run ranks, or why there are none."""
         try:
             require_alike(nodes)
-            if self._yaml is None:
-                self._yaml = self._begin()
+            fit = fit_nodes(nodes, self._drafted.launch)
+            config = self._begin(len(fit)) if self._job is None else self._go_on(self._job, len(fit))
         except UserError as error:
             return {"error": str(error), "status": error.status}
-        return {"config": self._yaml}
+        running = fit[: nodes_of(config)]
+        others = {nodes[number]["name"]: why for number, why in standing_by(nodes, running).items()}
+        self._tell_nodes([nodes[number]["name"] for number in running], others)
+        return {"config": to_yaml(config), "running": running, "standing_by": others}
 
-    def _begin(self) -> str:
-        drafted = replace(self._drafted, run_dir=str(self.run_dir))
+    def _tell_nodes(self, running: list[str], others: dict[str, str]) -> None:
+        """Say which nodes run ranks, where that is news."""
+        if self._running is None and len(running) == self._drafted.launch.nodes:
+            self._running = running
+        if running == self._running:
+            return
+        self._running = running
+        of = f"{len(running)} of launch.nodes={self._drafted.launch.nodes}"
+        lines = [f"{of} run ranks: {', '.join(running)}", *(f"{name} stands by: {why}" for name, why in others.items())]
+        print("\n".join(f"octofold: {line}" for line in lines), file=sys.stderr, flush=True)
+        with suppress(OSError):  # it is told on the console, too
+            append(self.run_dir, "nodes", running=running, standing_by=others)
+
+    def _go_on(self, job: Job, present: int) -> JobConfig:
+        config = refitted(job.config, self._drafted, present)
+        if config != job.config:
+            write_config(self.run_dir, config)
+            self._job = replace(job, config=config)
+        return config
+
+    def _begin(self, present: int) -> JobConfig:
+        launch = self._drafted.launch
+        drafted = replace(self._drafted, run_dir=str(self.run_dir), launch=replace(launch, nodes=present))
         job = settle(self._texts, self._config_dirs, drafted=drafted)
-        config = replace(job.config, run_dir=str(make_run_folder(job.config, resuming=job.reuse_folder)))
+        run_dir = make_run_folder(job.config, resuming=job.reuse_folder)
+        config = replace(job.config, run_dir=str(run_dir), launch=launch)
         self.held.enter_context(locked(self.run_dir, wait_s=LOCK_WAIT_S))
         tell_changes(job, self.run_dir)
         mark_start(self.run_dir, config)
         self._previous = write_config(self.run_dir, config)
         self._job = replace(job, config=config)
-        return to_yaml(config)
+        return config
 
     def take(self, said: dict[str, Any]) -> str | None:
         """Every node's: what is wrong with the leader's answer here, as `STATUS` and a message; None: nothing."""
         if "error" in said:
             return f"{said['status']}\n{said['error']}"
-        self._yaml = said["config"]
         try:
             self._require_folder(said["config"], said["names"][0])
         except UserError as error:
@@ -193,27 +219,9 @@ def config_hash(drafted: JobConfig) -> str:
     """A digest of everything configured but what each node has of its own: its number, and what it starts."""
     rendezvous = replace(drafted.launch.rendezvous, node_rank=None)
     launch = LaunchConfig(
-        nodes=drafted.launch.nodes, nproc_per_node=drafted.launch.nproc_per_node, rendezvous=rendezvous
+        nodes=drafted.launch.nodes,
+        min_nodes=drafted.launch.min_nodes,
+        nproc_per_node=drafted.launch.nproc_per_node,
+        rendezvous=rendezvous,
     )
     return hashlib.sha256(to_yaml(replace(drafted, launch=launch)).encode()).hexdigest()[:16]
-
-
-def require_alike(nodes: Sequence[dict[str, Any]]) -> None:
-    """Raise `UserError` naming the nodes that are not fit, or differ from the first, and in what."""
-    ill = [f"{node['name']}: {complaint}" for node in nodes for complaint in node["complaints"]]
-    if ill:
-        shown = "\n  ".join(["nodes are not fit", *ill])
-        rule = "nothing fails on a node that octofold doctor checks"
-        remedy = "mend it, leave the node out, or launch.preflight.doctor=false"
-        raise UserError(f"{shown}\n  rule:   {rule}\n  remedy: {remedy}")
-    first = nodes[0]
-    lines = []
-    for key in (key for key in first if key not in ("name", "complaints")):
-        others = [node for node in nodes if node.get(key) != first[key]]
-        if others:
-            told = ", ".join(f"{node['name']} {node.get(key)}" for node in others[:8])
-            lines.append(f"{key}: {first['name']} {first[key]}, {told}")
-    if lines:
-        shown = "\n".join(lines)
-        rule = "every node has the same versions and composes the same job"
-        raise UserError(f"nodes differ in {shown}\n  rule:   {rule}\n  remedy: start the same command everywhere")

@@ -3,11 +3,12 @@
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server import RunResult, Worker, WorkerGroup, WorkerState
 from torch.distributed.elastic.rendezvous import RendezvousError
 
 from octofold.backends.errors import UserError
@@ -16,6 +17,7 @@ from octofold.launch.config import LaunchConfig
 from octofold.launch.console import Follower
 from octofold.launch.exchange import Exchange, bounded, of_attempt
 from octofold.launch.failures import Failure, clear_notes, first_failure
+from octofold.launch.members import least_nodes
 from octofold.launch.rendezvous import Meeting, MeetingError
 
 MOST_SKEW_S = 5.0
@@ -58,16 +60,25 @@ class NodeAgent(RankAgent):
         self._answer, self._take = answer, take
         self._exchange: Exchange | None = None
         self._names: list[str] = []
+        self._left_out: dict[str, str] = {}
         self._rounds = 0
         self._follower: Follower | None = None
 
     def name_of(self, rank: int) -> str:
         """The node on which a rank runs."""
-        return self._names[rank // self._launch.nproc_per_node]
+        assert self._exchange is not None
+        return self._names[self._exchange.running[rank // self._launch.nproc_per_node]]
 
     def _ranks_of(self, node: int) -> range:
-        each = self._launch.nproc_per_node
-        return range(node * each, (node + 1) * each)
+        assert self._exchange is not None
+        each, running = self._launch.nproc_per_node, self._exchange.running
+        place = running.index(node) if node in running else None
+        return range(0) if place is None else range(place * each, (place + 1) * each)
+
+    @property
+    def _stands_by(self) -> bool:
+        """Whether this node runs no ranks in this attempt."""
+        return self._exchange is not None and self._exchange.node not in self._exchange.running
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         self._close()
@@ -79,17 +90,45 @@ class NodeAgent(RankAgent):
         store = of_attempt(worker_group.store, str(self._rounds if static else 0))
         self._rounds += 1
         lost_after_s = self._launch.rendezvous.lost_after_s
+        met = worker_group.group_world_size
+        assert met is not None
         self._exchange = exchange = Exchange(
-            store, worker_group.group_rank, self._launch.nodes, lost_after_s, hosts_store=self._meeting.hosts_store
+            store, worker_group.group_rank, met, lost_after_s, hosts_store=self._meeting.hosts_store
         )
-
         problems = exchange.enter(self._told_of, self._lead_in, self._enter, self._launch.rendezvous.timeout_s)
         if problems:
             raise problems_error(problems)
+        self._deal_out(worker_group, exchange)
         own = self._ranks_of(exchange.node)
         clear_notes(self._logs, own)
-        if exchange.leads and self._follower is None:
-            self._follower = Follower(self._logs / "rank_0.log")
+        self._follower = (self._follower or Follower(self._logs / "rank_0.log")) if 0 in own else None
+
+    def _deal_out(self, worker_group: WorkerGroup, exchange: Exchange) -> None:
+        """Number the ranks of the nodes that run some, where that is not all: torch has numbered those of all.
+
+        They meet, as always, at the leader's, whether it runs any of them or not.
+        """
+        if len(exchange.running) == exchange.nodes:
+            return
+        own, total = self._ranks_of(exchange.node), len(exchange.running) * self._launch.nproc_per_node
+        group: Any = worker_group  # torch annotates its fields with what they begin with, None
+        group.group_world_size = len(exchange.running)
+        if own:
+            group.group_rank = exchange.running.index(exchange.node)
+        worker_group.workers = [
+            Worker(local_rank=local, global_rank=rank, role_rank=rank, world_size=total, role_world_size=total)
+            for local, rank in enumerate(own)
+        ]
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        if self._stands_by:
+            self._pcontext = None
+            return {}
+        started: dict[int, Any] = super()._start_workers(worker_group)
+        return started
+
+    def _exit_barrier(self) -> None:
+        """Torch's would wait for nodes that stand by, or are lost; here all know that all are done (`Exchange`)."""
 
     def _meet(self, worker_group: WorkerGroup, gathering: int, meet: Callable[[WorkerGroup], None]) -> None:
         """Torch's part. Ranks are dealt out anew where a node has met that is not there any more."""
@@ -106,6 +145,9 @@ class NodeAgent(RankAgent):
 
     def _lead_in(self, nodes: list[dict[str, Any]]) -> dict[str, Any]:
         names = [node["name"] for node in nodes]
+        for node in nodes:
+            if node["name"] in self._left_out:
+                node["complaints"].append(self._left_out[node["name"]])
         said = {"names": names, "remaining": self._remaining_restarts, **self._answer(nodes)}
         return {**said, "time_s": time.time()}
 
@@ -120,6 +162,9 @@ class NodeAgent(RankAgent):
             )
         # A node that comes instead of a lost one learns how many attempts have been made.
         self._names, self._remaining_restarts = said["names"], said["remaining"]
+        why = said.get("standing_by", {}).get(self._told_of["name"])
+        if why is not None:
+            print(f"octofold: this node stands by: {why}", file=sys.stderr, flush=True)
         return self._take(said)
 
     def _arrive(self) -> int:
@@ -142,7 +187,8 @@ class NodeAgent(RankAgent):
             return MeetingError(self._explained("the store where nodes meet does not answer"))
         away = sorted(set(self._names or self._launch.hosts) - set(here))
         told = f"; missing: {', '.join(away)}" if away else ""
-        shown = f"{len(here)} of launch.nodes={self._launch.nodes} came: {', '.join(here)}{told}"
+        key = "nodes" if self._launch.min_nodes is None else "min_nodes"
+        shown = f"{len(here)} of launch.{key}={least_nodes(self._launch)} came: {', '.join(here)}{told}"
         limit = f"launch.rendezvous.timeout_s={self._launch.rendezvous.timeout_s:g}"
         remedy = "start the others, or see why they do not reach this one"
         return MeetingError(
@@ -154,6 +200,8 @@ class NodeAgent(RankAgent):
         assert exchange is not None
         if self._follower:
             self._follower.copy()
+        if self._stands_by:
+            return self._stand_by(exchange)
         if exchange.troubled and not self._has_failed():
             return self._end_attempt()
         result = super()._monitor_workers(worker_group)
@@ -161,11 +209,28 @@ class NodeAgent(RankAgent):
             return result
         # The work of all is done once every node says so; until then one may fail, and all begin again.
         exchange.say("done", True)
-        while exchange.seen.done < exchange.nodes:
+        while exchange.seen.done < len(exchange.running):
             if exchange.troubled:
                 return self._end_attempt()
             time.sleep(MONITOR_INTERVAL_S)
         return result
+
+    def _stand_by(self, exchange: Exchange) -> RunResult:
+        """The state of a node that waits to be needed."""
+        needed = exchange.leads or self._meeting.hosts_store
+        if exchange.seen.done == len(exchange.running) or (self.stopped_by is not None and not needed):
+            return RunResult(WorkerState.SUCCEEDED)
+        if not exchange.troubled:
+            return RunResult(WorkerState.HEALTHY)
+        result = RunResult(WorkerState.FAILED)
+        self._decide(result)
+        return result
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self._stands_by and self.stopped_by is None:
+            self.stopped_by = signum
+        else:
+            super()._handle(signum, frame)
 
     def _end_attempt(self) -> RunResult:
         """End this node's ranks because of what happened elsewhere."""
@@ -187,7 +252,11 @@ class NodeAgent(RankAgent):
         verdict = self._lead(exchange) if exchange.leads else self._follow(exchange)
         self._remaining_restarts = verdict["remaining"]
         failure = Failure(**verdict["failure"]) if verdict["failure"] else None
-        if self._remaining_restarts:
+        if verdict.get("left_out"):
+            assert failure is not None
+            without = ", ".join(verdict["left_out"])
+            print(f"octofold: {failure.message}\noctofold: begins again without {without}", file=sys.stderr, flush=True)
+        elif self._remaining_restarts:
             assert failure is not None
             self._tell_restart(failure.message)
         self.failure = failure
@@ -202,25 +271,38 @@ class NodeAgent(RankAgent):
             if exchange.silent:
                 return self._alone("the store where nodes meet", exchange)
             accounts = seen.accounts
-            if len(accounts.keys() | set(seen.lost)) == exchange.nodes or time.monotonic() > deadline_s:
+            if set(exchange.running) <= accounts.keys() | set(seen.lost) or time.monotonic() > deadline_s:
                 break
             time.sleep(MONITOR_INTERVAL_S)
         failures = [Failure(**account["failure"]) for account in accounts.values() if account["failure"]]
-        lost = sorted(set(range(exchange.nodes)) - accounts.keys())
+        lost = sorted(set(exchange.running) - accounts.keys())
         first = self._lost(lost) if lost else min(failures, key=lambda failure: failure.time_ns, default=None)
         if first and first.rank is not None:
-            first = Failure(first.status, f"node {self.name_of(first.rank)}: {first.message}", first.cause, first.rank)
+            first = replace(first, message=f"node {self.name_of(first.rank)}: {first.message}")
         interrupted = any(account["interrupted"] for account in accounts.values())
         again = not interrupted and self._is_worth_restart(first)
         if lost and self._launch.rendezvous.backend == "static":
             again = False
         remaining = self._remaining_restarts if again else 0
+        slow = self._without(first, exchange) if first and not interrupted else []
+        if slow:
+            # The job has not begun, and to begin without them is no restart; torch counts it as one.
+            remaining = self._remaining_restarts + 1
         if first:
             rank = first.rank
-            self._note_failure(first, self.name_of(rank) if rank is not None else None, restarts=bool(remaining))
-        verdict = {"failure": asdict(first) if first else None, "remaining": remaining}
+            node = self.name_of(rank) if rank is not None else None
+            self._note_failure(first, node, restarts=bool(remaining) and not slow)
+        verdict = {"failure": asdict(first) if first else None, "remaining": remaining, "left_out": slow}
         exchange.say("verdict", verdict)
         return verdict
+
+    def _without(self, failure: Failure, exchange: Exchange) -> list[str]:
+        """The names of slow nodes that the job can do without; they stand by from now on."""
+        if not failure.slow or len(exchange.running) - len(failure.slow) < least_nodes(self._launch):
+            return []
+        names = [self._names[exchange.running[number]] for number in failure.slow]
+        self._left_out |= dict.fromkeys(names, "its links are slow")
+        return names
 
     def _follow(self, exchange: Exchange) -> dict[str, Any]:
         """Wait for the leader's verdict."""

@@ -9,12 +9,12 @@ from pathlib import Path
 from octofold.backends.base import Backend
 from octofold.backends.collectives import all_gather_bytes
 from octofold.backends.config import BackendConfig
-from octofold.backends.errors import UserError
 from octofold.backends.links import MIB, LinkTime, measure_links, slow_nodes
 from octofold.backends.process_group import RankInfo
 from octofold.backends.topology import Topology
 from octofold.launch.doctor import diagnose
 from octofold.launch.doctor_finding import FAIL
+from octofold.launch.failures import SlowNodesError
 from octofold.launch.preflight_config import PreflightConfig
 
 OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -44,8 +44,8 @@ def links_check(config: PreflightConfig, backend: BackendConfig) -> Callable[[Ba
         if config.stop_on_slow:
             limit = f"launch.preflight.slow_factor={config.slow_factor:g}"
             rule = f"no node's links take more than {limit} times what is usual"
-            remedy = "leave it out, see its links, or launch.preflight.stop_on_slow=false"
-            raise UserError(f"slow: {told}\n  rule:   {rule}\n  remedy: {remedy}")
+            remedy = "leave it out (launch.min_nodes), see its links, or launch.preflight.stop_on_slow=false"
+            raise SlowNodesError(f"slow: {told}\n  rule:   {rule}\n  remedy: {remedy}", slow)
         if info.rank == 0:
             print(f"octofold: slow: {told}", flush=True)
 

@@ -20,6 +20,7 @@ from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCP
 from octofold.backends.errors import ConfigError, UserError
 from octofold.launch.addresses import address_towards, resolve
 from octofold.launch.config import LaunchConfig
+from octofold.launch.members import least_nodes
 from octofold.launch.place import Place, hosts_store, unresolved
 
 READ_TIMEOUT_S = 30.0
@@ -120,9 +121,12 @@ class Meeting(RendezvousHandler):
             return StaticTCPRendezvous(host, store.port, place.node_rank, launch.nodes, run_id, timeout_s)
         # Torch's own idea of a dead node must come before ours: it would count as one of those that meet again.
         beat_s = max(1, int(launch.rendezvous.lost_after_s / (2 * BEATS_MISSED)))
+        last_s = int(launch.rendezvous.last_call_s)
         times = {"join_timeout": timeout_s, "close_timeout": CLOSE_TIMEOUT_S, "keep_alive_interval": beat_s}
+        times |= {"last_call_timeout": last_s}
+        least, most = least_nodes(launch), launch.nodes
         parameters = RendezvousParameters(
-            "c10d", f"{place.host}:{place.port}", run_id, launch.nodes, launch.nodes, local_addr=self.address, **times
+            "c10d", f"{place.host}:{place.port}", run_id, least, most, local_addr=self.address, **times
         )
         return create_handler(store, C10dRendezvousBackend(store, run_id), parameters)
 

@@ -25,6 +25,8 @@ class RendezvousConfig:
     """Tells jobs apart that meet at one endpoint; null: the scheduler's id of the job, else the run folder."""
     timeout_s: float = 600.0
     """How long nodes wait for each other, at the start and after a failure."""
+    last_call_s: float = 60.0
+    """With launch.min_nodes: how long they wait for the others once so many have met."""
     lost_after_s: float = 30.0
     """A node that has been silent for so long is lost: ranks end, and the others wait for it, or another, to come."""
 
@@ -40,7 +42,7 @@ def check_rendezvous(config: RendezvousConfig, nodes: int) -> None:
         raise ConfigError("launch.rendezvous.node_rank", config.node_rank, rule, "the number of this node")
     if config.id == "":
         raise ConfigError("launch.rendezvous.id", "''", "a text, or null", "launch.rendezvous.id=null")
-    for key in ("timeout_s", "lost_after_s"):
+    for key in ("timeout_s", "lost_after_s", "last_call_s"):
         if not 1 <= getattr(config, key) < float("inf"):
             raise ConfigError(f"launch.rendezvous.{key}", getattr(config, key), "seconds, one or more", "30")
 

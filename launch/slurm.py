@@ -12,6 +12,7 @@ from pathlib import Path
 from octofold.backends.errors import ConfigError, UserError
 from octofold.launch.compose import parse
 from octofold.launch.config import JobConfig
+from octofold.launch.members import least_nodes
 from octofold.launch.run_folder import CONFIG_NAME
 from octofold.launch.slurm_config import SlurmContainerConfig, check_mount, check_text
 from octofold.launch.slurm_script import Script, output_pattern, text
@@ -106,7 +107,7 @@ def _check_job(config: JobConfig, overrides: Sequence[str]) -> None:
 
 
 def _check_same(first: JobConfig, other: JobConfig) -> None:
-    for key in ("nodes", "nproc_per_node", "stop_deadline_s", "slurm"):
+    for key in ("nodes", "min_nodes", "nproc_per_node", "stop_deadline_s", "slurm"):
         if getattr(first.launch, key) != getattr(other.launch, key):
             rule = "the jobs of a sweep are one array, whose tasks ask for the same nodes"
             raise ConfigError(f"launch.{key}", "several values", rule, "one value, or sweeps one by one")
@@ -135,6 +136,9 @@ def _directives(config: JobConfig, folder: Path, tasks: int) -> dict[str, str | 
     found |= {name: str(value) for name, value in optional.items() if value is not None}
     if slurm.exclusive:
         found["exclusive"] = None
+    if least_nodes(launch) < launch.nodes:
+        # The job stays when a node is lost; the others go on without it.
+        found["no-kill"] = None
     if tasks > 1:
         at_once = f"%{slurm.array_parallelism}" if slurm.array_parallelism else ""
         found["array"] = f"0-{tasks - 1}{at_once}"
@@ -164,6 +168,7 @@ def _srun(config: JobConfig, run_dirs: Sequence[str]) -> list[str]:
     options = [f"--nodes={launch.nodes}", f"--ntasks={launch.nodes}", "--ntasks-per-node=1"]
     # Agents learn from each other when one has failed, and tell why; srun, or a cluster's default, would be faster.
     options += ["--kill-on-bad-exit=0", "--wait=0"]
+    options += ["--no-kill"] if least_nodes(launch) < launch.nodes else []
     # srun does not inherit --cpus-per-task, and would bind an agent with all its ranks to one core.
     options += [f"--cpus-per-task={slurm.cpus_per_node}"] if slurm.cpus_per_node else []
     options += ["--cpu-bind=none"]

@@ -18,14 +18,16 @@ SSH_FAILED = 255
 """ssh's own exit status where it did not reach the host, or lost it."""
 
 
-def run_all(commands: Mapping[str, Sequence[str]], stop_deadline_s: float) -> int:
+def run_all(commands: Mapping[str, Sequence[str]], stop_deadline_s: float, spare: int = 0) -> int:
     """Run one command a host until all have ended; returns the status of the job.
 
-    When one ends with a failure, or a signal comes, the others' inputs are closed, which they take for SIGTERM.
+    When more than `spare` end with a failure, or a signal comes, the others' inputs are closed, which they take for
+    SIGTERM.
 
     Args:
         commands: host -> ssh with its arguments.
         stop_deadline_s: that ranks take to save.
+        spare: how many hosts the job can do without.
 
     Raises:
         UserError: ssh is not here.
@@ -43,7 +45,7 @@ def run_all(commands: Mapping[str, Sequence[str]], stop_deadline_s: float) -> in
             started[host] = _start(command)
             threads.append(threading.Thread(target=_copy, args=(host, started[host]), daemon=True))
             threads[-1].start()
-        _wait(started, stopped, stop_deadline_s)
+        _wait(started, stopped, stop_deadline_s, spare)
     finally:
         for process in started.values():
             process.kill()
@@ -51,7 +53,7 @@ def run_all(commands: Mapping[str, Sequence[str]], stop_deadline_s: float) -> in
             signal.signal(number, handler)
     for thread in threads:
         thread.join(SPARE_S)
-    return _status({host: process.wait() for host, process in started.items()}, stopped)
+    return _status({host: process.wait() for host, process in started.items()}, stopped, spare)
 
 
 def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -79,10 +81,13 @@ def _copy(host: str, process: subprocess.Popen[bytes]) -> None:
         sys.stdout.flush()
 
 
-def _wait(started: Mapping[str, "subprocess.Popen[bytes]"], stopped: list[int], stop_deadline_s: float) -> None:
+def _wait(
+    started: Mapping[str, "subprocess.Popen[bytes]"], stopped: list[int], stop_deadline_s: float, spare: int
+) -> None:
     closed_s: float | None = None
     while any(process.poll() is None for process in started.values()):
-        if closed_s is None and (stopped or any(process.poll() for process in started.values())):
+        failed = sum(bool(process.poll()) for process in started.values())
+        if closed_s is None and (stopped or failed > spare):
             closed_s = time.monotonic()
             for process in started.values():
                 assert process.stdin is not None
@@ -93,12 +98,14 @@ def _wait(started: Mapping[str, "subprocess.Popen[bytes]"], stopped: list[int], 
         time.sleep(POLL_S)
 
 
-def _status(statuses: Mapping[str, int], stopped: Sequence[int]) -> int:
+def _status(statuses: Mapping[str, int], stopped: Sequence[int], spare: int) -> int:
     for host, status in statuses.items():
         if status == SSH_FAILED:
             print(f"octofold: ssh did not reach {host}, or lost it; its own message is above", file=sys.stderr)
     if stopped and not any(statuses.values()):
         return 0 if stopped[0] != signal.SIGINT else 128 + stopped[0]
     worst = [status for status in statuses.values() if status]
+    if len(worst) <= spare:
+        return 0
     # The user's mistake, which every agent ends with, counts before what it led to.
     return 2 if 2 in worst else 1 if worst else 0

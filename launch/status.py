@@ -38,6 +38,8 @@ class Status:
     checkpoint: str | None
     restarts: int
     """Of the job that began last."""
+    standing_by: dict[str, str]
+    """Node -> why it runs no ranks, of a job with launch.min_nodes."""
     failure: dict[str, Any] | None
     """The last of that job: `rank`, `node`, `message`, `restart`, `time`."""
 
@@ -55,9 +57,13 @@ def status_of(run_dir: Path) -> Status:
     events = read_history(run_dir)
     # What belongs to the job that began last.
     starts = [number for number, event in enumerate(events) if event["event"] in ("begin", "resume")]
-    own = events[starts[-1] :] if starts else events
+    first = starts[-1] if starts else 0
+    while first and events[first - 1]["event"] == "nodes":  # told before ranks begin
+        first -= 1
+    own = events[first:]
     failures = [event for event in own if event["event"] == "failure"]
     ends = [event for event in own if event["event"] == "end"]
+    nodes = [event for event in own if event["event"] == "nodes"]
     holder = _holder(run_dir / LOCK)
     step, steps = int(last.get("step", 0)), config.train.steps
     saved = saved_checkpoints(run_dir, config.checkpoint.dir)
@@ -73,6 +79,7 @@ def status_of(run_dir: Path) -> Status:
         left_s=(steps - step) * last["step_s"] if last.get("step_s") else None,
         checkpoint=str(saved[-1]) if saved else None,
         restarts=sum(event["restart"] is not None for event in failures),
+        standing_by=nodes[-1]["standing_by"] if nodes else {},
         failure=failures[-1] if failures else None,
     )
 
@@ -128,6 +135,7 @@ def _lines(status: Status) -> list[str]:
     if status.state == "running" and status.left_s is not None:
         progress += f", {_time(status.left_s)} left, written {_time(status.age_s or 0)} ago"
     lines += [progress, f"checkpoint  {status.checkpoint or 'none yet'}", f"restarts    {status.restarts}"]
+    lines += [f"stands by   {node}: {why}" for node, why in status.standing_by.items()]
     if status.failure:
         failure = status.failure
         where = f" on {failure['node']}" if failure["node"] else ""

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Sequence
 
 from octofold.launch.config import JobConfig
+from octofold.launch.members import least_nodes
 from octofold.launch.submission import HERE, Submission, node_command
 
 
@@ -54,4 +55,5 @@ def submit(submission: Submission, config: JobConfig) -> int:
         os.execv(command[0], list(command))
     from octofold.launch.ssh import run_all
 
-    return run_all(dict(zip(config.launch.hosts, submission.commands, strict=True)), config.launch.stop_deadline_s)
+    commands = dict(zip(config.launch.hosts, submission.commands, strict=True))
+    return run_all(commands, config.launch.stop_deadline_s, spare=config.launch.nodes - least_nodes(config.launch))

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from hosts import TRAIN, WHY_NOT, Host, ended, hosts
 
+from octofold.launch.status import status_of
+
 pytestmark = [
     pytest.mark.launch,
     pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT),
@@ -233,3 +235,69 @@ def test_a_host_with_a_slow_link_is_named(tmp_path):
         processes = run_on(group, 1, tmp_path, *more, "launch.preflight.doctor=false")
         assert ended(processes, LIMIT_S) == [2] * 3, outputs(tmp_path)
     assert re.search(r"slow: node2 \([\d.]+ times the usual\)", outputs(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_without_a_host_that_is_lost(tmp_path):
+    """Of three hosts the batch can be divided among two: the third takes the place of the one that dies."""
+    with hosts(3, tmp_path) as group:
+        times = ["launch.rendezvous.lost_after_s=6", "launch.rendezvous.last_call_s=10", "launch.min_nodes=1"]
+        processes = run_on(group, 1, tmp_path, *times, "checkpoint.every_steps=1", steps=12)
+        wait_for_step(tmp_path / "run", 3, processes)
+        said = outputs(tmp_path)
+        assert "2 of launch.nodes=3 run ranks: node0, node1" in said
+        assert "this node stands by: the layout uses 2 of the nodes that are fit" in said
+        group[1].kill()
+        assert ended([processes[0], processes[2]], LIMIT_S) == [0, 0], outputs(tmp_path)
+    said = outputs(tmp_path)
+    assert "node node1 (ranks 1 to 1) not heard of for 6 s" in said
+    assert "2 of launch.nodes=3 run ranks: node0, node2" in said
+    assert max(losses(tmp_path / "run")) == 12
+    assert status_of(tmp_path / "run").restarts == 1
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_with_fewer_ranks(tmp_path):
+    with hosts(2, tmp_path) as group:
+        times = ["launch.rendezvous.lost_after_s=6", "launch.rendezvous.last_call_s=5", "launch.min_nodes=1"]
+        job = [*times, "checkpoint.every_steps=1", "parallel.expert=1"]
+        processes = run_on(group, 1, tmp_path, *job, steps=12)
+        wait_for_step(tmp_path / "run", 3, processes)
+        group[1].kill()
+        assert ended(processes[:1], LIMIT_S) == [0], outputs(tmp_path)
+        # Nobody is lost, and the course is the same within rounding.
+        whole = group[1].start(node_command(1, 1, tmp_path / "whole", *job[3:], steps=12), tmp_path / "whole.log")
+        assert whole.wait(LIMIT_S) == 0
+    assert "1 of launch.nodes=2 run ranks: node0" in outputs(tmp_path)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_job_begins_without_an_unfit_host(tmp_path):
+    """Even where it is the one that leads, and at which nodes meet."""
+    with hosts(2, tmp_path) as group:
+        times = ["launch.rendezvous.last_call_s=10", "launch.min_nodes=1", "parallel.expert=1"]
+        command = node_command(2, 1, tmp_path / "run", *times)
+        processes = [
+            group[0].start(command, tmp_path / "node0.out", GLOO_SOCKET_IFNAME="eth77"),
+            group[1].start(command, tmp_path / "node1.out"),
+        ]
+        assert ended(processes, 120) == [0, 0], outputs(tmp_path)
+    assert "this node stands by: interfaces: GLOO_SOCKET_IFNAME=eth77" in (tmp_path / "node0.out").read_text()
+    assert "step 4/4" in (tmp_path / "node1.out").read_text()
+    assert list(status_of(tmp_path / "run").standing_by) == ["node0"]
+
+
+@pytest.mark.slow
+def test_a_job_begins_again_without_a_slow_host(tmp_path):
+    with hosts(3, tmp_path) as group:
+        group[2].slow("20mbit")
+        more = ["launch.preflight.message_mib=1", "train.global_batch_size=12", "parallel.expert=1"]
+        less = ["launch.min_nodes=2", "launch.rendezvous.last_call_s=30", "launch.max_restarts=0"]
+        processes = run_on(group, 1, tmp_path, *more, *less, "launch.preflight.doctor=false")
+        assert ended(processes, LIMIT_S) == [0] * 3, outputs(tmp_path)
+    said = outputs(tmp_path)
+    assert "begins again without node2" in said
+    assert "this node stands by: its links are slow" in (tmp_path / "node2.out").read_text()
+    assert max(losses(tmp_path / "run")) == 4
+    assert status_of(tmp_path / "run").restarts == 0

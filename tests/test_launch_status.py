@@ -73,3 +73,16 @@ def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     assert main(["status"]) == 2
     with locked(tmp_path):
         assert main(["status", "--what"]) == 2
+
+
+def test_nodes_that_stand_by_are_those_of_the_job_that_began_last(tmp_path):
+    run_dir = made(tmp_path / "run")
+    append(run_dir, "nodes", running=["a"], standing_by={"b": "disk: full"})
+    append(run_dir, "begin", ranks=1)
+    assert status_of(run_dir).standing_by == {"b": "disk: full"}
+    append(run_dir, "nodes", running=["a"], standing_by={})
+    assert status_of(run_dir).standing_by == {}
+    append(run_dir, "nodes", running=["a"], standing_by={"c": "its links are slow"})
+    append(run_dir, "end", status=1, signal=None)
+    append(run_dir, "resume", ranks=2)
+    assert status_of(run_dir).standing_by == {}

@@ -126,8 +126,12 @@ def test_one_host_that_fails_stops_the_others_by_sigterm(capfd):
     assert "a: up\na: saved" in capfd.readouterr().out
 
 
-def test_a_users_mistake_counts_before_what_it_led_to(capfd):
-    assert run_all({"a": local("raise SystemExit(1)"), "b": local("raise SystemExit(2)")}, 5.0) == 2
+def test_a_users_mistake_counts_before_what_it_led_to(capfd, tmp_path):
+    # The first to end has the other stopped: it must have ended, too.
+    mark = f"import pathlib, time; mark = pathlib.Path({str(tmp_path / 'mark')!r}); "
+    first, then = "mark.touch(); raise SystemExit(2)", "[time.sleep(0.1) for _ in iter(mark.exists, True)]; "
+    assert run_all({"a": local(mark + then + "raise SystemExit(1)"), "b": local(mark + first)}, 5.0) == 2
+    assert run_all({"a": local("raise SystemExit(1)"), "b": local("pass")}, 5.0, spare=1) == 0
     assert run_all({"a": local("pass"), "b": local("pass")}, 5.0) == 0
     assert run_all({"a": local("raise SystemExit(255)")}, 5.0) == 1
     assert "ssh did not reach a, or lost it" in capfd.readouterr().err
