@@ -46,6 +46,17 @@ def world() -> Group:
     return dist.group.WORLD
 
 
+def share_timeout(group: Group) -> None:
+    """Give a group the limit of a call that the default group has: a mesh makes its groups with the library's own.
+
+    For gloo and NCCL. HCCL's is one for all groups, in the environment (backends/hccl.py).
+    """
+    for device in group._device_types:
+        if device.type in ("cpu", "cuda"):
+            limit = world()._get_backend(device).options._timeout
+            dist.distributed_c10d._set_pg_timeout(limit, group)
+
+
 def exchange_counts(counts: torch.Tensor, group: Group) -> torch.Tensor:
     """Row r of the result is what rank r counted for this rank.
 

@@ -11,7 +11,15 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from octofold.backends.collectives import Group, all_gather_stack, all_reduce_sum, reduce_scatter_stack, sums, world
+from octofold.backends.collectives import (
+    Group,
+    all_gather_stack,
+    all_reduce_sum,
+    reduce_scatter_stack,
+    share_timeout,
+    sums,
+    world,
+)
 from octofold.backends.errors import ConfigError
 from octofold.backends.topology import Topology
 
@@ -75,4 +83,5 @@ def _own_group(members: list[list[int]], name: str) -> Group:
         group = dist.new_group(ranks, group_desc=name)
         own = group if dist.get_rank() in ranks else own
     assert isinstance(own, Group)
+    share_timeout(own)
     return own

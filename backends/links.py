@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from octofold.backends.collectives import all_gather_stack, all_reduce_sum, exchange_counts, world
+from octofold.backends.collectives import all_gather_stack, all_reduce_sum, exchange_counts, share_timeout, world
 from octofold.backends.topology import Topology
 
 REPEATS = 3
@@ -63,6 +63,7 @@ def measure_links(topology: Topology, device: torch.device, message_bytes: int) 
             if rank // size in taken:
                 mine = group
         if mine is not None:
+            share_timeout(mine)
             times = (_time(_all_reduce(mine, device, message_bytes)), _time(_all_to_all(mine, device, message_bytes)))
         told = torch.tensor(times, dtype=torch.float32, device=device).view(1, -1)
         slowest = all_gather_stack(told, world()).view(nodes, size, 2).amax(1).tolist()

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from octofold.backends import hccl
+from octofold.launch.config import JobConfig
 from octofold.launch.submission import Setting
 
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
@@ -25,6 +27,20 @@ def settings(backend: str, interface: str | None, environ: Mapping[str, str]) ->
     wanted = [*_of_gloo(interface)]
     wanted += _of_nccl(interface) if backend == "cuda" else _of_hccl(interface) if backend == "ascend" else []
     return tuple(setting for setting in wanted if setting.name not in environ)
+
+
+def foreseen(config: JobConfig) -> tuple[Setting, ...]:
+    """What the nodes of a job will set, as far as it can be told before they start; INTERFACE is each node's own."""
+    launch, given = config.launch, config.launch.environment
+    backend = config.backend.name
+    found = [*settings(backend, "INTERFACE" if launch.nodes > 1 else None, given)]
+    if backend == "ascend":
+        told = hccl.variables(config.backend, given, deterministic=config.train.deterministic)
+        found += [Setting(name, value, "as the backend's keys say (docs/ascend.md)") for name, value in told.items()]
+    if "OMP_NUM_THREADS" not in given:
+        cores = f"CORES/{launch.nproc_per_node}" if launch.nproc_per_node > 1 else "CORES"
+        found.append(Setting("OMP_NUM_THREADS", cores, "every rank would take all cores of its node"))
+    return (*found, *(Setting(name, value, "launch.environment") for name, value in given.items()))
 
 
 def _of_gloo(interface: str | None) -> list[Setting]:

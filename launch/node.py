@@ -30,6 +30,7 @@ from octofold.launch.members import fit_nodes, nodes_of, refitted, require_alike
 from octofold.launch.node_agent import NodeAgent
 from octofold.launch.place import Place, find_place
 from octofold.launch.preflight import complaints
+from octofold.launch.rank_table import wait_until_filled
 from octofold.launch.rendezvous import Meeting, connect, run_id_of
 from octofold.launch.restart import mark_start
 from octofold.launch.run_folder import CONFIG_NAME, default_run_dir, make_run_folder, to_yaml, write_config
@@ -59,6 +60,7 @@ def run_node(drafted: JobConfig, texts: Sequence[str], config_dirs: Sequence[str
     if launch.nodes > 1 and any(o.key_or_group == "resume" and o.value() == "latest" for o in parse(texts)):
         rule = "every node must find the same run, and each would look for itself"
         raise ConfigError("resume", "latest", rule, f"resume={drafted.run_dir}, or octofold launch, which looks once")
+    wait_until_filled(os.environ | launch.environment, launch.rendezvous.timeout_s)
     node = _Node(drafted, texts, config_dirs, _folder(drafted, place))
     store = connect(place, launch)
     meeting = Meeting(place, launch, store, run_id_of(place, node.run_dir))

@@ -1,12 +1,18 @@
 """`octofold rank-table`: writes the rank table of a job from a list of its servers, or checks one. Torch-free."""
 
+import json
+import os
 import sys
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from octofold.backends.errors import ConfigError, UserError
-from octofold.backends.rank_table import RankTable, read
+from octofold.backends.rank_table import VARIABLE, RankTable, read
 from octofold.backends.rank_table_writer import hosts_of, table_of
+
+FILLING_POLL_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,37 @@ def run(argv: list[str]) -> int:
     folder = Path() if name == "-" else Path(name).parent
     print(table_of(hosts_of(text, folder, settings.devices), settings.servers_per_super_pod), end="")
     return 0
+
+
+def wait_until_filled(environ: Mapping[str, str], timeout_s: float) -> None:
+    """Return once the table that RANK_TABLE_FILE names is more than the "initializing" that an operator begins with.
+
+    Raises:
+        UserError: it is not filled within the time; it may be in another attempt.
+    """
+    path = Path(environ.get(VARIABLE) or os.devnull)
+    deadline_s = time.monotonic() + timeout_s
+    told = False
+    while _is_empty(path):
+        if not told:
+            print(f"octofold: waiting for {path}, which says that it is being filled", file=sys.stderr, flush=True)
+            told = True
+        if time.monotonic() > deadline_s:
+            rule = f"the operator fills the rank table within launch.rendezvous.timeout_s={timeout_s:g}"
+            remedy = "see Ascend Operator's log, and the label ring-controller.atlas of the job"
+            error = UserError(f"{path}: status initializing\n  rule:   {rule}\n  remedy: {remedy}")
+            error.status = 1
+            raise error
+        time.sleep(min(FILLING_POLL_S, timeout_s / 10))
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether an operator has yet to fill the table. What else may be wrong with it, its readers tell."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("status") == "initializing"
 
 
 def described(table: RankTable) -> str:

@@ -11,6 +11,7 @@ from typing import NoReturn, Protocol, cast
 from octofold.backends.errors import ConfigError, UserError
 from octofold.launch.compose import literal_override, parse
 from octofold.launch.config import ENGINES, JobConfig
+from octofold.launch.environment import foreseen
 from octofold.launch.job import draft, settle
 from octofold.launch.run_folder import default_run_dir
 from octofold.launch.submission import Submission
@@ -71,7 +72,7 @@ def run(argv: list[str]) -> int:
     submission = engine.prepare(config, overrides, config_dirs)
     engine.check(submission)
     if config.launch.dry_run:
-        print(submission.shown(launch_folder(config)), end="")
+        print(replace(submission, settings=foreseen(config)).shown(launch_folder(config)), end="")
         return 0
     if submission.files:
         submission.write(launch_folder(config))

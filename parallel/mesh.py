@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from octofold.backends.collectives import Group
+from octofold.backends.collectives import Group, share_timeout
 from octofold.parallel.config import DENSE_DEGREES, ParallelConfig
 
 
@@ -100,7 +100,7 @@ def _build(config: ParallelConfig, device_type: str) -> Meshes:
         shard=data * context * tensor,
     )
     shared = _unflattened(whole, "shard", data_shard=data, sequence=context * tensor)
-    return Meshes(
+    meshes = Meshes(
         dense=_unflattened(shared, "sequence", context=context, tensor=tensor),
         experts=_unflattened(
             whole,
@@ -113,6 +113,10 @@ def _build(config: ParallelConfig, device_type: str) -> Meshes:
         whole=whole,
         shared=shared,
     )
+    for mesh in vars(meshes).values():
+        for group in mesh.get_all_groups():
+            share_timeout(group)
+    return meshes
 
 
 def _unflattened(mesh: DeviceMesh, axis: str, **axes: int) -> DeviceMesh:

@@ -244,6 +244,20 @@ def mesh_ranks(config: ParallelConfig) -> dict[str, Any]:
     return {"groups": groups, "data_rank": meshes.data_rank, "speaks": meshes.speaks}
 
 
+def wait_in_a_mesh(config: ParallelConfig, seconds: float) -> tuple[str, float]:
+    """Sum over the data ranks, to which rank 1 comes too late: what the others are told, and after how many seconds."""
+    group = build_meshes(config, "cpu").dense["data_shard"].get_group()
+    if dist.get_rank() == 1:
+        time.sleep(seconds)
+        return "", 0.0
+    began_s = time.monotonic()
+    try:
+        all_reduce_sum(torch.ones(2), group)
+    except RuntimeError as error:
+        return str(error), time.monotonic() - began_s
+    return "", time.monotonic() - began_s
+
+
 def balance(loads_RGE: torch.Tensor, rate: float) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     """Global loads, biases after an update from 0.5, and the counters, from this rank's loads."""
     loads = list(loads_RGE[dist.get_rank()].clone())

@@ -2,11 +2,14 @@
 
 import io
 import json
+import threading
 
 import pytest
 
+from octofold.backends.errors import UserError
 from octofold.backends.rank_table import parse
 from octofold.launch.cli import main
+from octofold.launch.rank_table import wait_until_filled
 
 CONF = "\n".join(f"address_{i}=192.168.2.{i}\nnetmask_{i}=255.255.255.0\nnetdetect_{i}=192.168.2.9" for i in range(2))
 
@@ -67,3 +70,24 @@ def test_a_list_that_makes_no_table(text, arguments, part, hosts, capsys):
     said = capsys.readouterr()
     assert said.out == ""
     assert part in said.err
+
+
+def test_a_table_that_an_operator_is_filling_is_waited_for(tmp_path, capfd):
+    path = tmp_path / "hccl.json"
+    path.write_text('{"status": "initializing"}')
+    with pytest.raises(UserError, match=r"hccl\.json: status initializing\n.*timeout_s=0\.2\n.*Ascend Operator's log"):
+        wait_until_filled({"RANK_TABLE_FILE": str(path)}, 0.2)
+    timer = threading.Timer(0.5, path.write_text, ['{"status": "completed"}'])
+    timer.start()
+    wait_until_filled({"RANK_TABLE_FILE": str(path)}, 20.0)
+    assert not timer.is_alive()
+    assert f"waiting for {path}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", '{"status": "completed"}'])
+def test_no_other_table_is_waited_for(text, tmp_path):
+    path = tmp_path / "hccl.json"
+    if text is not None:
+        path.write_text(text)
+    wait_until_filled({"RANK_TABLE_FILE": str(path)}, 600.0)
+    wait_until_filled({}, 600.0)

@@ -1,6 +1,7 @@
 """`octofold launch launch=torchrun`: commands that arrive as they were typed, and processes that end together."""
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -33,7 +34,9 @@ ECHO = [sys.executable, "-c", "import json, sys; print(json.dumps(sys.argv[1:]))
 def test_a_dry_run_prints_the_command_of_a_node_and_starts_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["launch", *JOB]) == 0
-    command, note = capsys.readouterr().out.splitlines()[0], "# to be run on each of 2 nodes"
+    printed = capsys.readouterr().out
+    (command,) = [line for line in printed.splitlines() if line and not line.startswith("#")]
+    note = "# to be run on each of 2 nodes"
     words = shlex.split(command)
     assert words[: len(HERE)] == list(HERE)
     assert words[len(HERE)] == "train"
@@ -41,8 +44,27 @@ def test_a_dry_run_prints_the_command_of_a_node_and_starts_nothing(tmp_path, mon
     (run_dir,) = [word for word in words if word.startswith("run_dir=")]
     assert run_dir.startswith(f'run_dir="{tmp_path}/runs/')
     assert not list(tmp_path.iterdir())
-    assert main(["launch", *JOB]) == 0
-    assert note in capsys.readouterr().out
+    assert note in printed
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ([], {"GLOO_SOCKET_IFNAME": "INTERFACE", "OMP_NUM_THREADS": "CORES"}),
+        (
+            ["backend=cuda", "launch.nproc_per_node=8"],
+            {"NCCL_SOCKET_IFNAME": "=INTERFACE", "OMP_NUM_THREADS": "CORES/8"},
+        ),
+        (["backend=ascend"], {"HCCL_WHITELIST_DISABLE": "1", "HCCL_EXEC_TIMEOUT": "600"}),
+        (["launch.environment={GLOO_SOCKET_IFNAME:eth1,A_B:c d}"], {"GLOO_SOCKET_IFNAME": "eth1", "A_B": "c d"}),
+    ],
+)
+def test_a_dry_run_lists_the_variables_that_nodes_set(more, expected, capsys):
+    assert main(["launch", *JOB, "train.global_batch_size=64", *more]) == 0
+    listed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("#   ")]
+    found = dict(re.split(" {2,}", line[4:])[0].split("=", 1) for line in listed)
+    assert expected.items() <= found.items()
+    assert all(len(re.split(" {2,}", line[4:])) == 2 for line in listed), "each has its reason"
 
 
 def test_over_ssh_there_is_a_command_for_each_host(tmp_path, monkeypatch, capsys):

@@ -6,7 +6,9 @@ from math import prod
 import pytest
 import rank_tasks
 
+from octofold.backends.config import BackendConfig
 from octofold.parallel.config import ParallelConfig
+from octofold.parallel.local_ranks import LocalRanks
 
 AXES = {
     "dense": ("pipeline", "data_replicate", "data_shard", "context", "tensor"),
@@ -51,6 +53,13 @@ def test_every_axis_of_every_view(ranks, config):
         inner = config.context * config.tensor
         assert found["data_rank"] == rank // inner
         assert found["speaks"] == (rank % config.tensor == 0)
+
+
+def test_a_meshs_groups_wait_as_long_as_the_backend_is_told():
+    with LocalRanks(2, ("rank_tasks",), BackendConfig(name="cpu", threads=1, timeout_s=2.0)) as two:
+        (message, waited_s), _ = two.run(rank_tasks.wait_in_a_mesh, ParallelConfig(data_shard=2), 8.0)
+    assert "Timed out waiting 2000ms" in message
+    assert 1.5 < waited_s < 8.0
 
 
 def test_ranks_that_share_sequences_read_the_same_ones(ranks):
