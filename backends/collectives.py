@@ -11,6 +11,9 @@ Group = dist.ProcessGroup
 Sum = Callable[[torch.Tensor], torch.Tensor]
 """Sums a tensor over all ranks of a group, in place, and returns it."""
 
+_TIMED = tuple(vars(dist)[name] for name in ("ProcessGroupGloo", "ProcessGroupNCCL") if name in vars(dist))
+"""Those of this build of torch that keep a limit a group; the fake one of a trace has none."""
+
 sums: WeakKeyDictionary[Group, Sum] = WeakKeyDictionary()
 """Groups over which sums are not taken in one step (backends/hierarchical.py)."""
 
@@ -52,7 +55,7 @@ def share_timeout(group: Group) -> None:
     For gloo and NCCL. HCCL's is one for all groups, in the environment (backends/hccl.py).
     """
     for device in group._device_types:
-        if device.type in ("cpu", "cuda"):
+        if device.type in ("cpu", "cuda") and isinstance(group._get_backend(device), _TIMED):
             limit = world()._get_backend(device).options._timeout
             dist.distributed_c10d._set_pg_timeout(limit, group)
 

@@ -1,7 +1,7 @@
 """How fast collectives are inside nodes and between them: timed on all ranks, before a job relies on it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,8 @@ class LinkTime:
 
     nodes: tuple[int, ...]
     """One, or the two whose ranks took part."""
+    link: str
+    """The class of link between them (`topology.LINKS`)."""
     collective: str
     """all_reduce or all_to_all."""
     seconds: float
@@ -70,7 +72,8 @@ def measure_links(topology: Topology, device: torch.device, message_bytes: int) 
         for taken in turn:
             for number, collective in enumerate(("all_reduce", "all_to_all")):
                 seconds = max(slowest[node][number] for node in taken)
-                found.append(LinkTime(taken, collective, seconds, message_bytes))
+                link = topology.link(members[taken[0]][0], members[taken[-1]][-1])
+                found.append(LinkTime(taken, link, collective, seconds, message_bytes))
         if mine is not None:
             dist.destroy_process_group(mine)
     return found
@@ -79,15 +82,15 @@ def measure_links(topology: Topology, device: torch.device, message_bytes: int) 
 def slow_nodes(times: list[LinkTime], factor: float) -> dict[int, float]:
     """Nodes whose times are beyond `factor` times what is usual of their kind, and how many times that they take.
 
-    Usual is what the fastest third of the links does not exceed.
+    A kind is one collective over one class of link. Usual is what the fastest third of the links does not exceed.
 
     Between two nodes a slow link is held against the one that is slow with all its neighbours; of two nodes alone that
     cannot be told, and of a single slow link neither: then both are named.
     """
     found: dict[int, float] = {}
     for collective in ("all_reduce", "all_to_all"):
-        for count in (1, 2):
-            kind = [each for each in times if len(each.nodes) == count and each.collective == collective]
+        for link in dict.fromkeys(each.link for each in times):
+            kind = [each for each in times if (each.link, each.collective) == (link, collective)]
             seconds = sorted(each.seconds for each in kind)
             if len(kind) < 3:
                 continue
@@ -99,6 +102,15 @@ def slow_nodes(times: list[LinkTime], factor: float) -> dict[int, float]:
                 for node in shared or each.nodes:
                     found[node] = max(found.get(node, 0.0), each.seconds / usual)
     return found
+
+
+def weak_links(times: list[LinkTime], least_gb_s: Mapping[str, float]) -> list[LinkTime]:
+    """Those over which a rank sends less than is asked of their class.
+
+    Args:
+        least_gb_s: class of link -> 10^9 bytes a second of one rank's message.
+    """
+    return [each for each in times if each.bytes_per_s < 1e9 * least_gb_s.get(each.link, 0.0)]
 
 
 def _time(work: Callable[[], object]) -> float:

@@ -1,5 +1,6 @@
 """Variables that a node's agent sets for its ranks where the user has set none, each with its reason. Torch-free."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,7 +32,9 @@ def settings(backend: str, interface: str | None, environ: Mapping[str, str]) ->
 
 def foreseen(config: JobConfig) -> tuple[Setting, ...]:
     """What the nodes of a job will set, as far as it can be told before they start; INTERFACE is each node's own."""
-    launch, given = config.launch, config.launch.environment
+    launch = config.launch
+    # Pods have an environment of their own; Slurm and a local agent hand this one on.
+    given = ({} if launch.name == "kubernetes" else dict(os.environ)) | launch.environment
     backend = config.backend.name
     found = [*settings(backend, "INTERFACE" if launch.nodes > 1 else None, given)]
     if backend == "ascend":
@@ -40,7 +43,7 @@ def foreseen(config: JobConfig) -> tuple[Setting, ...]:
     if "OMP_NUM_THREADS" not in given:
         cores = f"CORES/{launch.nproc_per_node}" if launch.nproc_per_node > 1 else "CORES"
         found.append(Setting("OMP_NUM_THREADS", cores, "every rank would take all cores of its node"))
-    return (*found, *(Setting(name, value, "launch.environment") for name, value in given.items()))
+    return (*found, *(Setting(name, value, "launch.environment") for name, value in launch.environment.items()))
 
 
 def _of_gloo(interface: str | None) -> list[Setting]:

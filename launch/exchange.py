@@ -18,6 +18,8 @@ from torch.distributed import PrefixStore, Store
 
 from octofold.launch.rendezvous import MeetingError
 
+ALIVE = "octofold/alive"
+"""In the job's store: a number that grows while ranks run."""
 POLLS_IN_SILENCE = 10
 MOST_POLL_S = 1.0
 LEAVING_S = 5.0
@@ -41,6 +43,8 @@ class Seen:
     verdict: dict[str, Any] | None = None
     accounts: dict[int, Any] = field(default_factory=dict)
     """Node -> what it said as `account/NODE`; read by the leader once there is an alarm."""
+    stop: int | None = None
+    """The signal that a node without ranks was sent, for those that have some."""
     done: int = 0
     """How many nodes' ranks have all succeeded."""
 
@@ -48,16 +52,19 @@ class Seen:
 class Exchange:
     """One attempt's conversation between `nodes` agents."""
 
-    def __init__(self, store: Store, node: int, nodes: int, lost_after_s: float, *, hosts_store: bool) -> None:
+    def __init__(
+        self, store: Store, job: Store, node: int, nodes: int, lost_after_s: float, *, hosts_store: bool
+    ) -> None:
         """
         Args:
             store: of this attempt alone.
+            job: of all attempts; a connection that nobody else uses.
             node: this node's number in this attempt; 0 leads.
             lost_after_s: a node that is silent for so long is lost.
             hosts_store: the store lives in this process.
         """
         self.node, self.nodes, self._lost_after_s = node, nodes, lost_after_s
-        self._store, self._hosts_store = store, hosts_store
+        self._store, self._job, self._hosts_store = store, job, hosts_store
         self._poll_s = min(MOST_POLL_S, lost_after_s / POLLS_IN_SILENCE)
         self._words: dict[str, str] = {}
         self._lock, self._left = threading.Lock(), threading.Event()
@@ -192,8 +199,11 @@ class Exchange:
             with self._lock:
                 self._words.pop(key)
         store.set(f"beat/{self.node}", str(beat))
+        if self.leads:
+            self._job.add(ALIVE, 1)
         alarm = store.check(["alarm"])
         verdict = json.loads(store.get("verdict")) if store.check(["verdict"]) else None
+        stop = int(store.get("stop")) if store.check(["stop"]) else None
         done = store.add("done", 0)
         # Who stands by may go.
         watched = [node for node in self.running if node] if self.leads else [0]
@@ -205,7 +215,7 @@ class Exchange:
         lost = tuple(node for node, (_, heard_s) in self._beats.items() if now_s - heard_s > self._lost_after_s)
         accounts = self._read_accounts() if self.leads and (alarm or lost) else {}
         with self._lock:
-            self._seen = Seen(now_s, alarm, lost, verdict, accounts, done)
+            self._seen = Seen(now_s, alarm, lost, verdict, accounts, stop, done)
 
     def _read_accounts(self) -> dict[int, Any]:
         keys = {node: f"account/{node}" for node in range(self.nodes)}

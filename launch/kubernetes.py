@@ -11,6 +11,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
 from octofold.backends.errors import ConfigError, UserError
+from octofold.backends.rank_table import VARIABLE
 from octofold.launch.compose import parse
 from octofold.launch.config import JobConfig
 from octofold.launch.kubernetes_config import KubernetesConfig
@@ -23,6 +24,7 @@ from octofold.launch.kubernetes_jobs import (
 )
 from octofold.launch.kubernetes_names import check_text, job_name
 from octofold.launch.kubernetes_pod import RANK_TABLE_FOLDER, device_of, require_kept, template
+from octofold.launch.members import require_no_table
 from octofold.launch.submission import Submission, node_command, run_commands
 from octofold.launch.submit import launch_folder
 
@@ -49,6 +51,8 @@ def prepare(config: JobConfig, overrides: Sequence[str], config_dirs: Sequence[s
     variables = [*placed, *_from_pod(config)]
     _require_free(kubernetes, [variable["name"] for variable in variables])
     pod = template(config, command, variables, labels, name)
+    if kubernetes.rank_table:
+        require_no_table({VARIABLE: "launch.kubernetes.rank_table"}, config.launch)
     documents = [rank_table_map(config, name)] if kubernetes.rank_table else []
     documents.append((volcano_job if is_volcano else pytorch_job)(config, name, pod))
     command_here = ("kubectl", "create", "-f", str(launch_folder(config) / MANIFEST))

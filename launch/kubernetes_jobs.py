@@ -29,6 +29,7 @@ from typing import Any
 
 from octofold.launch.config import JobConfig
 from octofold.launch.kubernetes_pod import rank_table_name
+from octofold.launch.members import least_nodes
 
 VOLCANO_TASK = "node"
 USERS_MISTAKE = 2
@@ -43,7 +44,7 @@ def pytorch_job(job: JobConfig, name: str, pod: dict[str, Any]) -> dict[str, Any
     replicas = {"Master": {"replicas": 1, **replica}}
     if job.launch.nodes > 1:
         replicas["Worker"] = {"replicas": job.launch.nodes - 1, **replica}
-    scheduling: dict[str, Any] = {"minAvailable": job.launch.nodes}
+    scheduling: dict[str, Any] = {"minAvailable": least_nodes(job.launch)}
     if config.queue:
         scheduling["queue"] = config.queue
     if config.priority_class:
@@ -69,7 +70,7 @@ def volcano_job(job: JobConfig, name: str, pod: dict[str, Any]) -> dict[str, Any
     config = job.launch.kubernetes
     pod["spec"]["restartPolicy"] = "Never"
     spec: dict[str, Any] = {
-        "minAvailable": job.launch.nodes,
+        "minAvailable": least_nodes(job.launch),
         "maxRetry": config.max_restarts,
         "schedulerName": config.scheduler or "volcano",
         "plugins": {"env": [], "svc": []},

@@ -6,9 +6,13 @@ from math import prod
 from typing import Any
 
 from octofold.backends.errors import ConfigError, UserError
+from octofold.backends.rank_table import VARIABLE
 from octofold.launch.config import JobConfig, LaunchConfig
 from octofold.parallel.config import DENSE_DEGREES
 from octofold.train.config import validate
+
+OF_EACH = ("name", "node_rank", "complaints")
+"""What a node tells of itself in which it may differ."""
 
 
 def least_nodes(launch: LaunchConfig) -> int:
@@ -54,7 +58,7 @@ def require_alike(nodes: Sequence[Mapping[str, Any]]) -> None:
         nodes: what each told of itself (`octofold.launch.node`).
     """
     first, lines = nodes[0], []
-    for key in (key for key in first if key not in ("name", "complaints")):
+    for key in (key for key in first if key not in OF_EACH):
         others = [node for node in nodes if node.get(key) != first[key]]
         if others:
             told = ", ".join(f"{node['name']} {node.get(key)}" for node in others[:8])
@@ -65,13 +69,22 @@ def require_alike(nodes: Sequence[Mapping[str, Any]]) -> None:
         raise UserError(f"nodes differ in {shown}\n  rule:   {rule}\n  remedy: start the same command everywhere")
 
 
+def require_no_table(environ: Mapping[str, str], launch: LaunchConfig) -> None:
+    """Raise `ConfigError` for a rank table in a job that may go on with fewer nodes than it lists."""
+    if environ.get(VARIABLE) and least_nodes(launch) < launch.nodes:
+        shown = f"launch.min_nodes={launch.min_nodes} {VARIABLE}={environ[VARIABLE]}"
+        rule = "a rank table lists the nodes of a job, none of which may then be missing"
+        raise ConfigError("launch.min_nodes", shown, rule, f"unset {VARIABLE}, or launch.min_nodes=null")
+
+
 def fit_nodes(nodes: Sequence[Mapping[str, Any]], launch: LaunchConfig) -> list[int]:
-    """The numbers of the nodes without complaints.
+    """The numbers of the nodes without complaints, in the order in which they run ranks: by `node_rank`, if it is told.
 
     Raises:
         UserError: naming the others, where fewer are left than the job needs.
     """
     fit = [number for number, node in enumerate(nodes) if not node["complaints"]]
+    fit.sort(key=lambda number: (nodes[number]["node_rank"] is None, nodes[number]["node_rank"] or 0, number))
     ill = [f"{node['name']}: {complaint}" for node in nodes for complaint in node["complaints"]]
     if ill and len(fit) < least_nodes(launch):
         shown = "\n  ".join(["nodes are not fit", *ill])

@@ -26,7 +26,14 @@ from octofold.launch.environment import settings
 from octofold.launch.failures import USERS_MISTAKE
 from octofold.launch.job import Job, settle
 from octofold.launch.local import Ended, ended_with, note_end, rank_environment
-from octofold.launch.members import fit_nodes, nodes_of, refitted, require_alike, standing_by
+from octofold.launch.members import (
+    fit_nodes,
+    nodes_of,
+    refitted,
+    require_alike,
+    require_no_table,
+    standing_by,
+)
 from octofold.launch.node_agent import NodeAgent
 from octofold.launch.place import Place, find_place
 from octofold.launch.preflight import complaints
@@ -60,8 +67,10 @@ def run_node(drafted: JobConfig, texts: Sequence[str], config_dirs: Sequence[str
     if launch.nodes > 1 and any(o.key_or_group == "resume" and o.value() == "latest" for o in parse(texts)):
         rule = "every node must find the same run, and each would look for itself"
         raise ConfigError("resume", "latest", rule, f"resume={drafted.run_dir}, or octofold launch, which looks once")
-    wait_until_filled(os.environ | launch.environment, launch.rendezvous.timeout_s)
-    node = _Node(drafted, texts, config_dirs, _folder(drafted, place))
+    environ = os.environ | launch.environment
+    require_no_table(environ, launch)
+    wait_until_filled(environ, launch.rendezvous.timeout_s)
+    node = _Node(drafted, texts, config_dirs, place)
     store = connect(place, launch)
     meeting = Meeting(place, launch, store, run_id_of(place, node.run_dir))
     own = settings(drafted.backend.name, interface_of(meeting.address) if launch.nodes > 1 else None, os.environ)
@@ -81,7 +90,7 @@ def run_node(drafted: JobConfig, texts: Sequence[str], config_dirs: Sequence[str
         finally:
             heard = agent.close()
         node.conclude(ended)
-    if heard:
+    if heard and not agent.left_early:
         meeting.shutdown()
     if ended.status or not launch.unfinished_status or _is_finished(node.run_dir, drafted.train.steps):
         return ended.status
@@ -106,9 +115,9 @@ def _folder(drafted: JobConfig, place: Place) -> Path:
 class _Node:
     """What this node tells, answers as the leader, and takes from it."""
 
-    def __init__(self, drafted: JobConfig, texts: Sequence[str], config_dirs: Sequence[str], run_dir: Path) -> None:
+    def __init__(self, drafted: JobConfig, texts: Sequence[str], config_dirs: Sequence[str], place: Place) -> None:
         self._drafted, self._texts, self._config_dirs = drafted, texts, config_dirs
-        self.run_dir = run_dir
+        self._place, self.run_dir = place, _folder(drafted, place)
         self.held = ExitStack()
         self._job: Job | None = None
         self._running: list[str] | None = None
@@ -119,12 +128,13 @@ class _Node:
         return {
             # Slurm names nodes by its own configuration.
             "name": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+            "node_rank": self._place.node_rank,
             "python": platform.python_version(),
             "torch": version("torch"),
             "octofold": version("octofold"),
             "launch.nproc_per_node": self._drafted.launch.nproc_per_node,
             "configuration": config_hash(self._drafted),
-            "complaints": complaints(self.run_dir) if self._examines() else [],
+            "complaints": complaints(self.run_dir, self._drafted) if self._examines() else [],
         }
 
     def _examines(self) -> bool:
@@ -199,7 +209,7 @@ class _Node:
             if time.monotonic() < deadline_s:
                 time.sleep(0.1)
                 continue
-            if self._drafted.checkpoint.dir is None:
+            if "://" not in (self._drafted.checkpoint.dir or ""):
                 rule = f"every node finds the same folder, and what {leader} wrote there is not here"
                 remedy = "a folder that all nodes share, or a store for checkpoints: checkpoint.dir=s3://BUCKET/FOLDER"
                 raise ConfigError("run_dir", str(self.run_dir), rule, remedy)

@@ -1,5 +1,6 @@
 """The agent of one of several nodes: what fails on one ends the attempt on all, and all start again together."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -9,17 +10,24 @@ from types import FrameType
 from typing import Any
 
 from torch.distributed.elastic.agent.server import RunResult, Worker, WorkerGroup, WorkerState
-from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousError,
+    RendezvousTimeoutError,
+)
 
 from octofold.backends.errors import UserError
 from octofold.launch.agent import FAILURE_GRACE_S, MONITOR_INTERVAL_S, RankAgent
 from octofold.launch.config import LaunchConfig
 from octofold.launch.console import Follower
-from octofold.launch.exchange import Exchange, bounded, of_attempt
+from octofold.launch.exchange import ALIVE, MOST_POLL_S, Exchange, bounded, of_attempt
 from octofold.launch.failures import Failure, clear_notes, first_failure
 from octofold.launch.members import least_nodes
 from octofold.launch.rendezvous import Meeting, MeetingError
+from octofold.launch.restart import UNTRIED
 
+GATHERING = "octofold/gathering"
+"""In the job's store: how often nodes have met."""
 MOST_SKEW_S = 5.0
 SPARE_S = 30.0
 """What a meeting may take beyond its own limit before its connection is taken for cut."""
@@ -59,7 +67,10 @@ class NodeAgent(RankAgent):
         self._meeting, self._launch, self._told_of = meeting, launch, told
         self._answer, self._take = answer, take
         self._exchange: Exchange | None = None
+        self.left_early = False
+        """Whether this node went while others run ranks."""
         self._names: list[str] = []
+        self._ran: list[str] = []
         self._left_out: dict[str, str] = {}
         self._rounds = 0
         self._follower: Follower | None = None
@@ -92,24 +103,25 @@ class NodeAgent(RankAgent):
         lost_after_s = self._launch.rendezvous.lost_after_s
         met = worker_group.group_world_size
         assert met is not None
+        job = self._meeting.store.clone()
         self._exchange = exchange = Exchange(
-            store, worker_group.group_rank, met, lost_after_s, hosts_store=self._meeting.hosts_store
+            store, job, worker_group.group_rank, met, lost_after_s, hosts_store=self._meeting.hosts_store
         )
         problems = exchange.enter(self._told_of, self._lead_in, self._enter, self._launch.rendezvous.timeout_s)
         if problems:
             raise problems_error(problems)
         self._deal_out(worker_group, exchange)
+        if exchange.leads:
+            job.add(GATHERING, 1)
         own = self._ranks_of(exchange.node)
         clear_notes(self._logs, own)
         self._follower = (self._follower or Follower(self._logs / "rank_0.log")) if 0 in own else None
 
     def _deal_out(self, worker_group: WorkerGroup, exchange: Exchange) -> None:
-        """Number the ranks of the nodes that run some, where that is not all: torch has numbered those of all.
+        """Number the ranks by the order in which nodes run some: torch has numbered those of all nodes, as they met.
 
-        They meet, as always, at the leader's, whether it runs any of them or not.
+        They meet at the leader's, whether it runs any of them or not.
         """
-        if len(exchange.running) == exchange.nodes:
-            return
         own, total = self._ranks_of(exchange.node), len(exchange.running) * self._launch.nproc_per_node
         group: Any = worker_group  # torch annotates its fields with what they begin with, None
         group.group_world_size = len(exchange.running)
@@ -137,7 +149,17 @@ class NodeAgent(RankAgent):
             try:
                 bounded(lambda: meet(worker_group), self._launch.rendezvous.timeout_s + SPARE_S)
                 return
+            except RendezvousClosedError as error:
+                raise MeetingError("the job has ended before this node came to it") from error
             except (RendezvousError, TimeoutError) as error:
+                if isinstance(error, RendezvousTimeoutError) and self._job_runs():
+                    print(
+                        "octofold: the job runs without this node, which waits for its ranks to start again",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    deadline_s = time.monotonic() + self._launch.rendezvous.timeout_s
+                    continue
                 raise self._missing(gathering, error) from error
             except RuntimeError as error:  # the store's: a key that the absent node does not write
                 if time.monotonic() > deadline_s:
@@ -149,7 +171,8 @@ class NodeAgent(RankAgent):
             if node["name"] in self._left_out:
                 node["complaints"].append(self._left_out[node["name"]])
         said = {"names": names, "remaining": self._remaining_restarts, **self._answer(nodes)}
-        return {**said, "time_s": time.time()}
+        ran, self._ran = self._ran, [names[number] for number in said.get("running", ())]
+        return {**said, "untried": ran != self._ran, "time_s": time.time()}
 
     def _enter(self, said: dict[str, Any]) -> str | None:
         skew_s = time.time() - said["time_s"]
@@ -160,6 +183,7 @@ class NodeAgent(RankAgent):
                 "them (chrony, ntpd), or the order of failures cannot be told",
                 file=sys.stderr,
             )
+        os.environ[UNTRIED] = "1" if said["untried"] else "0"
         # A node that comes instead of a lost one learns how many attempts have been made.
         self._names, self._remaining_restarts = said["names"], said["remaining"]
         why = said.get("standing_by", {}).get(self._told_of["name"])
@@ -167,9 +191,22 @@ class NodeAgent(RankAgent):
             print(f"octofold: this node stands by: {why}", file=sys.stderr, flush=True)
         return self._take(said)
 
+    def _job_runs(self) -> bool:
+        """Whether ranks run on other nodes."""
+
+        def grows() -> bool:
+            before = self._meeting.store.add(ALIVE, 0)
+            time.sleep(2 * MOST_POLL_S)
+            return self._meeting.store.add(ALIVE, 0) != before
+
+        try:
+            return bounded(grows, SPARE_S)
+        except (RuntimeError, TimeoutError):
+            return False
+
     def _arrive(self) -> int:
-        """Note that this node waits for the others; returns the number of this gathering."""
-        gathering = self._rounds
+        """Note that this node waits for the others; returns the number of this gathering, the same on all."""
+        gathering = self._meeting.store.add(GATHERING, 0)
         number = self._meeting.store.add(f"octofold/arrived/{gathering}", 1)
         self._meeting.store.set(f"octofold/arrived/{gathering}/{number}", str(self._told_of["name"]))
         return gathering
@@ -202,6 +239,8 @@ class NodeAgent(RankAgent):
             self._follower.copy()
         if self._stands_by:
             return self._stand_by(exchange)
+        if self.stopped_by is None and (told := exchange.seen.stop) is not None:
+            super()._handle(told, None)
         if exchange.troubled and not self._has_failed():
             return self._end_attempt()
         result = super()._monitor_workers(worker_group)
@@ -218,8 +257,14 @@ class NodeAgent(RankAgent):
     def _stand_by(self, exchange: Exchange) -> RunResult:
         """The state of a node that waits to be needed."""
         needed = exchange.leads or self._meeting.hosts_store
-        if exchange.seen.done == len(exchange.running) or (self.stopped_by is not None and not needed):
+        if exchange.seen.done == len(exchange.running):
             return RunResult(WorkerState.SUCCEEDED)
+        if self.stopped_by is not None:
+            if not needed:
+                self.left_early = True
+                return RunResult(WorkerState.SUCCEEDED)
+            # The job cannot do without this node, and it has no ranks to tell.
+            exchange.say("stop", self.stopped_by)
         if not exchange.troubled:
             return RunResult(WorkerState.HEALTHY)
         result = RunResult(WorkerState.FAILED)

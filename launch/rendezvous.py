@@ -1,6 +1,7 @@
 """Where the agents of a job's nodes meet: a store on the first node, and torch's rendezvous over it."""
 
 import errno
+import json
 import socket
 import time
 from datetime import timedelta
@@ -26,6 +27,7 @@ from octofold.launch.place import Place, hosts_store, unresolved
 READ_TIMEOUT_S = 30.0
 RETRY_S = 0.5
 CLOSE_TIMEOUT_S = 5
+_LEADER = "octofold/leader"
 BEATS_MISSED = 3
 """Torch's rendezvous takes a node for dead after so many."""
 
@@ -110,6 +112,7 @@ class Meeting(RendezvousHandler):
         self.address = "localhost" if launch.nodes == 1 else address_towards(place.host, place.port)
         """By which the others reach this node."""
         self.store: Store = store
+        self._ranks_store: TCPStore | None = None
         self._inner = self._made(store, run_id)
 
     def _made(self, store: TCPStore, run_id: str) -> RendezvousHandler:
@@ -131,19 +134,27 @@ class Meeting(RendezvousHandler):
         return create_handler(store, C10dRendezvousBackend(store, run_id), parameters)
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Torch's, with the ranks' store told anew: torch 2.13 keeps that of the first round, which a node that comes
-        later waits for in vain, and which may have been on a node that is lost."""
+        """Torch's, with the node where all meet as number 0, which leads, and the ranks' store there.
+
+        Torch numbers nodes by their addresses, as texts: one that comes later might get before those that have begun.
+        It keeps the ranks' store on its own number 0, so that the job would hang on two nodes.
+        """
         info = self._inner.next_rendezvous()
-        ranks_store, keys = info.bootstrap_store_info, RendezvousStoreInfo
         if self._launch.rendezvous.backend == "static":
             return info
-        assert ranks_store is not None
+        theirs, keys = info.bootstrap_store_info, RendezvousStoreInfo
+        assert theirs is not None
         if info.rank == 0:
-            info.store.set(keys.MASTER_ADDR_KEY, ranks_store.master_addr)
-            info.store.set(keys.MASTER_PORT_KEY, str(ranks_store.master_port))
-        address = info.store.get(keys.MASTER_ADDR_KEY).decode()
-        port = int(info.store.get(keys.MASTER_PORT_KEY).decode())
-        return RendezvousInfo(info.store, info.rank, info.world_size, RendezvousStoreInfo(address, port))
+            # Torch 2.13 tells it in the first round only, and a node that comes later waits for it in vain.
+            info.store.set(keys.MASTER_ADDR_KEY, theirs.master_addr)
+            info.store.set(keys.MASTER_PORT_KEY, str(theirs.master_port))
+        if self.hosts_store:
+            if self._ranks_store is None:
+                self._ranks_store = TCPStore(self.address, 0, is_master=True, wait_for_workers=False)
+            info.store.set(_LEADER, json.dumps([info.rank, self.address, self._ranks_store.port]))
+        leader, address, port = json.loads(info.store.get(_LEADER))
+        number = 0 if info.rank == leader else info.rank + (info.rank < leader)
+        return RendezvousInfo(info.store, number, info.world_size, RendezvousStoreInfo(address, port))
 
     def get_backend(self) -> str:
         return self._inner.get_backend()

@@ -13,6 +13,8 @@ from octofold.train.checkpoint.folders import Folder
 from octofold.train.checkpoint.manifest import MANIFEST
 from octofold.train.checkpoint.validity import checkpoints_of, valid_checkpoints
 
+UNTRIED = "OCTOFOLD_NODES_ARE_UNTRIED"
+"""Variable of the ranks: 1 where nodes have not run ranks together before, 0 where they have."""
 _BEGAN = "logs/began"
 """The manifest of the newest checkpoint that a job found when it began: what is newer is its own."""
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from octofold.backends.errors import ConfigError, UserError
 from octofold.launch.compose import parse
 from octofold.launch.config import JobConfig
-from octofold.launch.members import least_nodes
 from octofold.launch.run_folder import CONFIG_NAME
 from octofold.launch.slurm_config import SlurmContainerConfig, check_mount, check_text
 from octofold.launch.slurm_script import Script, output_pattern, text
@@ -79,6 +78,8 @@ def check(submission: Submission) -> None:
         if done.returncode:
             reason = " ".join(done.stderr.decode(errors="replace").split())
             remedy = "other values of launch.slurm.*; `sinfo` shows partitions and nodes"
+            if "Unable to contact slurm controller" in reason:
+                remedy = "try `scontrol ping`: this machine does not reach Slurm's controller"
             raise UserError(f"{' '.join(command)}\n  rule:   the job is accepted; {reason}\n  remedy: {remedy}")
 
 
@@ -136,9 +137,6 @@ def _directives(config: JobConfig, folder: Path, tasks: int) -> dict[str, str | 
     found |= {name: str(value) for name, value in optional.items() if value is not None}
     if slurm.exclusive:
         found["exclusive"] = None
-    if least_nodes(launch) < launch.nodes:
-        # The job stays when a node is lost; the others go on without it.
-        found["no-kill"] = None
     if tasks > 1:
         at_once = f"%{slurm.array_parallelism}" if slurm.array_parallelism else ""
         found["array"] = f"0-{tasks - 1}{at_once}"
@@ -168,7 +166,6 @@ def _srun(config: JobConfig, run_dirs: Sequence[str]) -> list[str]:
     options = [f"--nodes={launch.nodes}", f"--ntasks={launch.nodes}", "--ntasks-per-node=1"]
     # Agents learn from each other when one has failed, and tell why; srun, or a cluster's default, would be faster.
     options += ["--kill-on-bad-exit=0", "--wait=0"]
-    options += ["--no-kill"] if least_nodes(launch) < launch.nodes else []
     # srun does not inherit --cpus-per-task, and would bind an agent with all its ranks to one core.
     options += [f"--cpus-per-task={slurm.cpus_per_node}"] if slurm.cpus_per_node else []
     options += ["--cpu-bind=none"]

@@ -21,10 +21,11 @@ step=$!
 while wait "$step"; status=$?; kill -0 "$step" 2>/dev/null; do :; done
 """
 REQUEUE = """\
-# Back into the queue, unless all is done, the user has to mend something (2), or Slurm is ending the job by itself.
+# Back into the queue after a warning or a preemption, unless the user has to mend something (2), or Slurm is ending
+# the job by itself. A job that was done by then finds so, and ends.
 id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 id=${id:-$SLURM_JOB_ID}
-case $(scontrol --oneliner show job "$id") in *PreemptTime=[0-9]*) told=yes ;; esac
+case $(squeue --noheader --jobs="$id" --Format=PreemptTime:40) in [0-9]*) told=yes ;; esac
 if [ -n "$told" ] && [ "$status" != 2 ] && [ "$(squeue --noheader --jobs="$id" --format=%T)" = RUNNING ]; then
   echo "octofold: job $id waits in the queue again, to go on from its newest checkpoint" >&2
   scontrol requeue "$id" || { echo "octofold: Slurm refuses; submit the job again" >&2; status=1; }

@@ -86,8 +86,10 @@ def _wait(
 ) -> None:
     closed_s: float | None = None
     while any(process.poll() is None for process in started.values()):
-        failed = sum(bool(process.poll()) for process in started.values())
-        if closed_s is None and (stopped or failed > spare):
+        statuses = [process.poll() for process in started.values()]
+        failed, done = sum(map(bool, statuses)), statuses.count(0)
+        # A host whose link is cut says nothing; the job has ended without it.
+        if closed_s is None and (stopped or failed > spare or done >= len(statuses) - spare > 0):
             closed_s = time.monotonic()
             for process in started.values():
                 assert process.stdin is not None

@@ -26,5 +26,8 @@ def check_ssh(config: SshConfig, hosts: list[str]) -> None:
     """Raise `ConfigError` for what ssh would misunderstand."""
     if config.enabled and not hosts:
         raise ConfigError("launch.ssh.enabled", "true", "ssh needs names", "launch.hosts=[node1,node2]")
+    if config.directory is not None and not config.directory.startswith("/"):
+        rule = "a path that means the same on every host; ~ is not expanded"
+        raise ConfigError("launch.ssh.directory", config.directory, rule, "an absolute path")
     if config.user is not None and not re.fullmatch(r"(?!-)[^\s@\0]+", config.user):
         raise ConfigError("launch.ssh.user", config.user, "a user's name", "launch.ssh.user=null")

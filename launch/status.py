@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import struct
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -16,6 +17,8 @@ from octofold.train.history import read_history
 from octofold.train.metrics import METRICS_FILE, read_metrics
 
 MESSAGE_LINES = 12
+_FLOCK = "@hhqqi"
+"""struct flock of 64-bit Linux: type, whence, start, length, process."""
 
 
 @dataclass(frozen=True)
@@ -96,16 +99,22 @@ def _ended(end: dict[str, Any] | None, complete: bool) -> str:
 def _holder(path: Path) -> str | None:
     """Who holds the run's lock: the text that it left, or None."""
     try:
-        descriptor = os.open(path, os.O_RDWR)
-    except OSError:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        return f"it cannot be told: {path}: {error.strerror}"
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        # Asks, and takes nothing: a job that is about to begin must not find the folder held by a question.
+        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        answer = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))
+        if answer[0] == fcntl.F_UNLCK:
+            return None
         return os.pread(descriptor, 1000, 0).decode(errors="replace") or "another process"
+    except OSError:  # a file system without locks, on which none is held
+        return None
     finally:
         os.close(descriptor)
-    return None
 
 
 def run(argv: list[str]) -> int:

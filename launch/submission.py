@@ -40,13 +40,14 @@ class Submission:
         Args:
             folder: where the files are to lie.
         """
-        parts = [f"# {folder / name}\n{text}" for name, text in self.files.items()]
+        parts = [f"# {_on_a_line(str(folder / name))}\n{text}" for name, text in self.files.items()]
         if self.settings:
-            width = max(len(f"{setting.name}={setting.value}") for setting in self.settings)
-            lines = [f"#   {f'{s.name}={s.value}':{width}}  {s.why}" for s in self.settings]
+            told = [(f"{setting.name}={_on_a_line(setting.value)}", setting.why) for setting in self.settings]
+            width = max(len(shown) for shown, _ in told)
+            lines = [f"#   {shown:{width}}  {why}" for shown, why in told]
             parts.append("\n".join(["# set for the ranks, where the user has not", *lines, ""]))
         parts.append("".join(f"{shlex.join(command)}\n" for command in self.commands))
-        parts += [f"# {note}\n" for note in self.notes]
+        parts += [f"# {_on_a_line(note)}\n" for note in self.notes]
         return "\n".join(part for part in parts if part)
 
     def write(self, folder: Path) -> None:
@@ -62,6 +63,11 @@ class Submission:
         except OSError as error:
             rule = f"what is submitted is kept there: {error.strerror}"
             raise ConfigError("run_dir", str(folder), rule, "free space, permissions, or another run_dir") from error
+
+
+def _on_a_line(text: str) -> str:
+    """A text that ends no comment."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def node_command(program: Sequence[str], overrides: Sequence[str], added: Sequence[str]) -> list[str]:

@@ -70,10 +70,12 @@ def run(argv: list[str]) -> int:
     engine = cast(Engine, importlib.import_module(ENGINES[name]))
     config, overrides = with_run_dir(options.overrides, config_dirs)
     submission = engine.prepare(config, overrides, config_dirs)
-    engine.check(submission)
     if config.launch.dry_run:
-        print(replace(submission, settings=foreseen(config)).shown(launch_folder(config)), end="")
+        # Before the check: who is refused wants to see what was.
+        print(replace(submission, settings=foreseen(config)).shown(launch_folder(config)), end="", flush=True)
+        engine.check(submission)
         return 0
+    engine.check(submission)
     if submission.files:
         submission.write(launch_folder(config))
     return engine.submit(submission, config)

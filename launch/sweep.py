@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from octofold.backends.errors import ConfigError
 from octofold.launch import slurm
 from octofold.launch.compose import expand
+from octofold.launch.environment import foreseen
 from octofold.launch.job import draft
 from octofold.launch.run_folder import default_run_dir
 from octofold.launch.submit import with_run_dir
@@ -32,9 +34,10 @@ def run_sweep(texts: Sequence[str], config_dirs: Sequence[str]) -> int:
     if len(set(run_dirs)) < len(run_dirs):
         raise ConfigError("run_dir", run_dirs[0], "each job of a sweep has a folder of its own", "leave run_dir out")
     submission = slurm.prepare_sweep(folder, jobs, config_dirs)
-    slurm.check(submission)
     if jobs[0][0].launch.dry_run:
-        print(submission.shown(folder / "launch"), end="")
+        print(replace(submission, settings=foreseen(jobs[0][0])).shown(folder / "launch"), end="", flush=True)
+        slurm.check(submission)
         return 0
+    slurm.check(submission)
     submission.write(folder / "launch")
     return slurm.submit(submission, jobs[0][0])

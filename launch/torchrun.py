@@ -20,7 +20,9 @@ def prepare(config: JobConfig, overrides: Sequence[str], config_dirs: Sequence[s
     target = f"{ssh.user}@" if ssh.user else ""
     remote = remote_script(ssh.directory or os.getcwd(), command)
     # A password prompt would wait for ever, behind the output of other hosts.
-    start = ("ssh", "-o", "BatchMode=yes", *ssh.options)
+    # The user's options come first, and so count. A host that is gone must not hold its ssh for ever.
+    alive = ("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
+    start = ("ssh", "-o", "BatchMode=yes", *ssh.options, *alive)
     return Submission({}, tuple((*start, "--", f"{target}{host}", remote) for host in config.launch.hosts))
 
 

@@ -27,13 +27,13 @@ def main() -> int:
     # Until train() handles these itself, a rank that is told to stop has nothing to save and just ends.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        from octofold.launch.restart import after_restart, restarts
+        from octofold.launch.restart import UNTRIED, after_restart, restarts
         from octofold.launch.run_folder import read_config
         from octofold.train.main import train
 
         config = read_config(run_dir)
         before = None
-        if config.launch.nodes > 1 and config.launch.preflight.links and not restarts():
+        if config.launch.nodes > 1 and config.launch.preflight.links and os.environ.get(UNTRIED) == "1":
             from octofold.launch.preflight import links_check
 
             before = links_check(config.launch.preflight, config.backend)

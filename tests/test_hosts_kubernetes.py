@@ -8,7 +8,7 @@ import pytest
 import yaml
 from hosts import WHY_NOT, ended, hosts
 from kubernetes_rules import process
-from test_hosts_train import JOB, LIMIT_S, losses, outputs, wait_for_step
+from test_hosts_train import JOB, LIMIT_S, agent, losses, outputs, wait_for_step
 
 from octofold.launch.compose import compose
 from octofold.launch.kubernetes import MANIFEST, prepare
@@ -43,20 +43,11 @@ def test_two_pods_train_are_evicted_and_go_on(kind, tmp_path: Path):
             return started
 
         pods = start()
-        wait_for_step(run_dir, 2)
-        worker = ended_pid(pods[1])
+        wait_for_step(run_dir, 2, pods)
+        worker = agent(pods[1])
         worker.send_signal(signal.SIGTERM)
         assert ended(pods, LIMIT_S) == [143, 143], outputs(tmp_path)
         assert max(losses(run_dir)) < 12
         assert ended(start(), LIMIT_S) == [0, 0], outputs(tmp_path)
     assert max(losses(run_dir)) == 12
     assert "name: two $(RANK) pods" in (run_dir / "config.yaml").read_text()
-
-
-def ended_pid(pod):
-    """The process to which the kubelet would send its signal: nsenter has become it, or is its parent."""
-    import psutil
-
-    outer = psutil.Process(pod.pid)
-    inner = [child for child in outer.children() if "octofold.launch.cli" in child.cmdline()]
-    return inner[0] if "nsenter" in outer.name() and inner else outer

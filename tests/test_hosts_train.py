@@ -2,10 +2,13 @@
 
 import json
 import re
+import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from hosts import TRAIN, WHY_NOT, Host, ended, hosts
 
@@ -73,6 +76,21 @@ def wait_for_step(run_dir: Path, step: int, processes: list[subprocess.Popen[str
     raise TimeoutError(f"step {step}")
 
 
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    """Return once it holds."""
+    deadline_s = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+
+
+def agent(process: subprocess.Popen[str]) -> psutil.Process:
+    """The process that a host's own init would signal: nsenter has become it, or is its parent."""
+    outer = psutil.Process(process.pid)
+    inner = [child for child in outer.children() if "octofold.launch.cli" in child.cmdline()]
+    return inner[0] if "nsenter" in outer.name() and inner else outer
+
+
 @pytest.fixture(scope="module")
 def one_host(tmp_path_factory) -> dict[int, float]:
     """Losses of the job on one host with four ranks."""
@@ -135,17 +153,21 @@ def test_a_host_whose_link_is_cut_is_named_within_the_time(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_host_that_is_lost_may_come_back(tmp_path):
+@pytest.mark.parametrize("meet_at", [0, 1])
+def test_a_host_that_is_lost_may_come_back(meet_at, tmp_path):
+    """Torch numbers nodes by their addresses: the one that comes back sorts before the one that leads, or after."""
     with hosts(2, tmp_path) as group:
         times = ["launch.rendezvous.lost_after_s=6", "launch.rendezvous.timeout_s=60"]
-        processes = run_on(group, 1, tmp_path, *times, "checkpoint.every_steps=1", steps=10)
+        job = [*times, "checkpoint.every_steps=1", f"launch.rendezvous.endpoint=node{meet_at}:29407"]
+        processes = run_on(group, 1, tmp_path, *job, steps=10)
         wait_for_step(tmp_path / "run", 3, processes)
-        group[1].kill()
-        command = node_command(2, 1, tmp_path / "run", *times, "checkpoint.every_steps=1", "resume=auto", steps=10)
+        lost = 1 - meet_at
+        group[lost].kill()
         time.sleep(1.0)
-        again = group[1].start([text for text in command if text != "resume=auto"], tmp_path / "node1-again.out")
-        assert ended([processes[0], again], LIMIT_S) == [0, 0], outputs(tmp_path)
-    assert "node node1 (ranks 1 to 1) not heard of for 6 s" in outputs(tmp_path)
+        again = group[lost].start(node_command(2, 1, tmp_path / "run", *job, steps=10), tmp_path / "again.out")
+        assert ended([processes[meet_at], again], LIMIT_S) == [0, 0], outputs(tmp_path)
+    assert f"node node{lost} (ranks 1 to 1) not heard of for 6 s" in outputs(tmp_path)
+    assert f"node{meet_at} leads" not in outputs(tmp_path)
     assert max(losses(tmp_path / "run")) == 10
 
 
@@ -254,6 +276,43 @@ def test_a_job_goes_on_without_a_host_that_is_lost(tmp_path):
     assert "2 of launch.nodes=3 run ranks: node0, node2" in said
     assert max(losses(tmp_path / "run")) == 12
     assert status_of(tmp_path / "run").restarts == 1
+
+
+@pytest.mark.slow
+def test_a_host_that_stands_by_may_go_and_one_that_comes_is_taken_in(tmp_path):
+    with hosts(3, tmp_path) as group:
+        times = ["launch.rendezvous.lost_after_s=6", "launch.rendezvous.last_call_s=5", "launch.min_nodes=2"]
+        times += ["launch.rendezvous.timeout_s=10", "checkpoint.every_steps=20"]
+        processes = run_on(group, 1, tmp_path, *times, steps=400)
+        wait_for_step(tmp_path / "run", 2, processes)
+        agent(processes[2]).send_signal(signal.SIGTERM)
+        assert ended(processes[2:], 30) == [0], outputs(tmp_path)
+        late = group[2].start(node_command(3, 1, tmp_path / "run", *times, steps=400), tmp_path / "late.out")
+        wait_for(lambda: "the job runs without this node" in (tmp_path / "late.out").read_text(), 60)
+        # What goes wrong on those that run is mended as before, with the one that has come.
+        victim = [child for child in agent(processes[1]).children() if "octofold.launch.worker" in child.cmdline()]
+        victim[0].kill()
+        assert ended([*processes[:2], late], LIMIT_S) == [0, 0, 0], outputs(tmp_path)
+    said = outputs(tmp_path)
+    assert said.count("restart 1 of launch.max_restarts=3") == 2
+    assert "this node stands by" in (tmp_path / "late.out").read_text()
+    assert max(losses(tmp_path / "run")) == 400
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_host_that_leads_and_stands_by_has_all_save(tmp_path):
+    with hosts(2, tmp_path) as group:
+        times = ["launch.rendezvous.last_call_s=10", "launch.min_nodes=1", "parallel.expert=1"]
+        command = node_command(2, 1, tmp_path / "run", *times, steps=4000)
+        processes = [
+            group[0].start(command, tmp_path / "node0.out", GLOO_SOCKET_IFNAME="eth77"),
+            group[1].start(command, tmp_path / "node1.out"),
+        ]
+        wait_for_step(tmp_path / "run", 2, processes)
+        agent(processes[0]).send_signal(signal.SIGTERM)
+        assert ended(processes, 60) == [0, 0], outputs(tmp_path)
+    assert list((tmp_path / "run" / "checkpoints").glob("step_*/manifest.json"))
+    assert status_of(tmp_path / "run").state == "stopped"
 
 
 @pytest.mark.slow

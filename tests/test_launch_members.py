@@ -8,7 +8,16 @@ from octofold.backends.errors import ConfigError, UserError
 from octofold.launch.compose import compose
 from octofold.launch.config import check
 from octofold.launch.job import settle
-from octofold.launch.members import fit_nodes, fitted, least_nodes, nodes_of, refitted, require_alike, standing_by
+from octofold.launch.members import (
+    fit_nodes,
+    fitted,
+    least_nodes,
+    nodes_of,
+    refitted,
+    require_alike,
+    require_no_table,
+    standing_by,
+)
 
 JOB = ["launch=torchrun", "launch.nproc_per_node=2", "train.micro_batch_size=1", "train.global_batch_size=24"]
 
@@ -18,8 +27,8 @@ def job(nodes: int, least: int | None = None, *more: str):
     return replace(found, launch=replace(found.launch, min_nodes=least))
 
 
-def facts(name: str, *complaints: str) -> dict:
-    return {"name": name, "torch": "2.13", "complaints": list(complaints)}
+def facts(name: str, *complaints: str, node_rank: int | None = None) -> dict:
+    return {"name": name, "node_rank": node_rank, "torch": "2.13", "complaints": list(complaints)}
 
 
 @pytest.mark.parametrize(
@@ -85,7 +94,20 @@ def test_unfit_nodes_are_left_out_or_end_the_job():
     assert least_nodes(job(3).launch) == 3
 
 
+def test_ranks_are_dealt_out_by_the_numbers_that_nodes_were_given():
+    nodes = [facts("a", node_rank=2), facts("b"), facts("c", node_rank=0), facts("d", "disk: full", node_rank=1)]
+    assert fit_nodes(nodes, job(4, 1).launch) == [2, 0, 1]
+    assert fit_nodes([facts("a"), facts("b")], job(2).launch) == [0, 1]
+
+
+def test_a_rank_table_and_missing_nodes_exclude_each_other():
+    require_no_table({"RANK_TABLE_FILE": "table.json"}, job(2).launch)
+    require_no_table({}, job(2, 1).launch)
+    with pytest.raises(ConfigError, match=r"min_nodes=1 RANK_TABLE_FILE=table\.json"):
+        require_no_table({"RANK_TABLE_FILE": "table.json"}, job(2, 1).launch)
+
+
 def test_nodes_may_differ_in_name_alone():
-    require_alike([facts("a"), facts("other")])
+    require_alike([facts("a"), facts("other", node_rank=1)])
     with pytest.raises(UserError, match=r"nodes differ in torch: a 2\.13, b 2\.12"):
         require_alike([facts("a"), facts("b") | {"torch": "2.12"}])

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from octofold.launch import ssh
 from octofold.launch.cli import main
 from octofold.launch.ssh import run_all
-from octofold.launch.submission import HERE
+from octofold.launch.submission import HERE, Setting, Submission
 from octofold.launch.torchrun import remote_script
 
 JOB = [
@@ -67,15 +68,30 @@ def test_a_dry_run_lists_the_variables_that_nodes_set(more, expected, capsys):
     assert all(len(re.split(" {2,}", line[4:])) == 2 for line in listed), "each has its reason"
 
 
+@given(st.text(min_size=1), st.text(min_size=1))
+def test_what_is_shown_of_values_folders_and_notes_stays_in_comments(typed, folder):
+    """On a line of its own a shell would take it for a command."""
+    shown = Submission({"file": "text\n"}, (("run", "it"),), (Setting("A", typed, "why"),), (typed,)).shown(
+        Path(folder)
+    )
+    assert {line for line in shown.splitlines() if not line.startswith("#")} == {"", "text", "run it"}
+
+
+def test_a_folder_that_ssh_would_not_expand_is_refused(capsys):
+    assert main(["launch", *JOB, *SSH, "launch.ssh.directory='~/work'"]) == 2
+    assert "an absolute path" in capsys.readouterr().err
+
+
 def test_over_ssh_there_is_a_command_for_each_host(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["launch", *JOB, *SSH]) == 0
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("ssh")]
-    assert [command[:7] for command in commands] == [
-        ["ssh", "-o", "BatchMode=yes", "-p", "2222", "--", f"ada@{host}"] for host in ("node1", "node2")
+    alive = ["-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4"]
+    assert [command[:11] for command in commands] == [
+        ["ssh", "-o", "BatchMode=yes", "-p", "2222", *alive, "--", f"ada@{host}"] for host in ("node1", "node2")
     ]
-    assert commands[0][7] == commands[1][7]
-    assert commands[0][7].startswith(f"cd {tmp_path} || exit 2")
+    assert commands[0][11] == commands[1][11]
+    assert commands[0][11].startswith(f"cd {tmp_path} || exit 2")
 
 
 @pytest.mark.parametrize(
@@ -157,6 +173,14 @@ def test_a_users_mistake_counts_before_what_it_led_to(capfd, tmp_path):
     assert run_all({"a": local("pass"), "b": local("pass")}, 5.0) == 0
     assert run_all({"a": local("raise SystemExit(255)")}, 5.0) == 1
     assert "ssh did not reach a, or lost it" in capfd.readouterr().err
+
+
+def test_a_spare_host_that_is_silent_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(ssh, "SPARE_S", 1.0)
+    began_s = time.monotonic()
+    silent = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(120)"
+    assert run_all({"a": local("pass"), "b": local(silent)}, 1.0, spare=1) == 0
+    assert time.monotonic() - began_s < 60
 
 
 def test_a_signal_here_reaches_every_host(capfd):

@@ -180,9 +180,10 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     A last line torn by a crash is passed over in silence; any other line that is no record is named in the log.
     """
     path = run_dir / METRICS_FILE
-    if not path.exists():
+    try:
+        *lines, tail = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
         return []
-    *lines, tail = path.read_bytes().split(b"\n")
     records = []
     for number, line in enumerate([*lines, tail], start=1):
         record = _decode(line)
