@@ -4,6 +4,7 @@
 #   make test | make test-slow       the default suite | the proofs that take minutes
 #   make test-ascend                 the Ascend suite, on a software NPU, in an environment of its own
 #   make test-launch                 several hosts and a real Slurm on this machine (root, Linux); names what it lacks
+#   make test-launch-short           those that take seconds
 #   make lint                        ruff, mypy, hadolint
 #   make clean                       remove the environments, caches and the quickstart's run folder
 #
@@ -30,7 +31,7 @@ ASCEND_VENV := .venv-ascend
 ASCEND_CONSTRAINTS := constraints/ascend.txt
 ASCEND_PYTHON := TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND_VENV)/bin/python
 
-.PHONY: help train test test-slow test-ascend test-launch test-matrix lint format clean
+.PHONY: help train test test-slow test-ascend test-launch test-launch-short test-matrix lint format clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -70,7 +71,7 @@ test-slow: $(VENV)/.dev
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not ascend and not launch" -rP
 
 test-matrix: $(VENV)/.dev
-	@echo "octofold: running the whole matrix of layouts on DeepSeek-V2, and twenty seeds of other layouts"
+	@echo "octofold: running the rest of the matrix of layouts and resumes, more seeds and killed runs (hours)"
 	@$(BIN)/python -m pytest -m matrix -rP
 
 test-ascend: $(ASCEND_VENV)/.dev
@@ -78,7 +79,11 @@ test-ascend: $(ASCEND_VENV)/.dev
 	@$(ASCEND_PYTHON) -m pytest -m "ascend and not slow"
 
 test-launch: $(VENV)/.dev
-	@echo "octofold: running jobs over several hosts"
+	@echo "octofold: running jobs over several hosts (half an hour)"
+	@$(BIN)/python -m pytest -m launch
+
+test-launch-short: $(VENV)/.dev
+	@echo "octofold: running jobs over several hosts, the short proofs; what takes longer is in make test-launch"
 	@$(BIN)/python -m pytest -m "launch and not slow"
 
 lint: $(VENV)/.dev

@@ -73,7 +73,7 @@ gradients are summed by FSDP2, which does as much for replicas (`data_replicate`
 
 Proved: tiny DeepSeek-V2, and V3 with multi-token prediction, over gloo ranks, in FP64 to @fp64 over three steps, and
 that all ranks issue the same collectives in the same order. On the diagonal a degree alone. `make test` proves a part
-of them, `make test-slow` all on V3, `make test-matrix` on V2.
+of them, `make test-slow` a third on V3, `make test-matrix` all on V3 and V2.
 
 @pairs
 

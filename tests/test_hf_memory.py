@@ -1,4 +1,4 @@
-"""Converting a checkpoint of gigabytes takes no more memory than a few slabs (slow: it writes some 15 GB)."""
+"""Converting a checkpoint of gigabytes takes no more memory than a few slabs (it writes some 15 GB)."""
 
 import json
 import subprocess
@@ -12,7 +12,8 @@ CONSTANT_BYTES = 128 * 2**20
 """Slabs, what they become on their way, and what the allocator keeps."""
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
+@pytest.mark.timeout(1800)
 def test_memory_is_bounded_by_slabs_and_not_by_the_model(tmp_path):
     command = [sys.executable, str(CONVERT), "--layers", "1", "--folder", str(tmp_path), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -73,12 +73,13 @@ def test_nobody_is_accused_without_a_fault(seed, layout_root, alone, ranks, tmp_
     assert accused(LAYOUT, seed, layout_root, alone, ranks, tmp_path) == []
 
 
-@pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize(
-    "case",
+    ("case", "seed"),
     [
-        pytest.param(case, marks=pytest.mark.slow if case is LAYOUT else pytest.mark.matrix, id=str(case))
+        pytest.param(case, seed, marks=mark, id=f"{case}-{seed}")
         for case in FAULTLESS
+        for seed in range(20)
+        for mark in [pytest.mark.slow if case is LAYOUT and seed < 6 else pytest.mark.matrix]
     ],
 )
 def test_nobody_is_accused_over_twenty_seeds(case, seed, layout_root, alone, ranks, tmp_path):

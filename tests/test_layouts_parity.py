@@ -26,10 +26,20 @@ def test_layout_equals_one_rank(case, model, layout_root, alone, ranks, tmp_path
     assert len(proof.differences) > 200
 
 
+# On V3 every third is among the slow proofs.
 @pytest.mark.parametrize(
-    "model", [pytest.param("v3", marks=pytest.mark.slow), pytest.param("v2", marks=pytest.mark.matrix)]
+    ("case", "model"),
+    [
+        pytest.param(
+            case,
+            model,
+            marks=pytest.mark.slow if model == "v3" and not n % 3 else pytest.mark.matrix,
+            id=f"{case}-{model}",
+        )
+        for model in ("v3", "v2")
+        for n, case in enumerate(FULL)
+    ],
 )
-@pytest.mark.parametrize("case", FULL, ids=str)
 def test_full_matrix(case, model, layout_root, alone, ranks, tmp_path):
     config, count = run_of(model, case, layout_root, "data.mask_documents=true")
     proof = prove(config, count, tmp_path, ranks, expected=alone(config))
@@ -65,7 +75,7 @@ def test_a_kind_of_parameters_has_a_bar_of_its_own():
     assert not Fp8Proof(0.13, 0.1, {"gates": (0.1, 0.1)}).holds
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("case", DEFAULT, ids=str)
 def test_fp32_smoke(case, layout_root, ranks, tmp_path):
     config, count = run_of("v3", case, layout_root)

@@ -31,7 +31,7 @@ from octofold.train.history import read_history
 from octofold.train.metrics import read_metrics
 
 RANKS, STEPS, EVERY = 2, 8, 2
-DEFAULT_TRIALS, SLOW_TRIALS = 3, 50
+DEFAULT_TRIALS, SLOW_TRIALS, ALL_TRIALS = 3, 15, 53
 MOST_DEATHS = 3
 """Of one run, so that a death may meet what an earlier one has left behind."""
 
@@ -156,8 +156,13 @@ def test_a_killed_run_is_the_same_run(seed, undisturbed, tmp_path):
     print(assert_survives(seed, undisturbed, tmp_path))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(DEFAULT_TRIALS, DEFAULT_TRIALS + SLOW_TRIALS))
+@pytest.mark.parametrize(
+    "seed",
+    [
+        pytest.param(seed, marks=pytest.mark.slow if seed < SLOW_TRIALS else pytest.mark.matrix)
+        for seed in range(DEFAULT_TRIALS, ALL_TRIALS)
+    ],
+)
 def test_a_run_killed_fifty_times_over_is_the_same_run(seed, undisturbed, tmp_path):
     print(assert_survives(seed, undisturbed, tmp_path))
     shutil.rmtree(tmp_path)

@@ -25,7 +25,7 @@ LAYOUTS = {
 ONE = Case("data_shard=1")
 ALL = [(saved, now) for saved in LAYOUTS for now in LAYOUTS if saved != now]
 QUICK = [("pipeline", "mixture")]
-"""What the default suite proves; the rest is slow."""
+"""What the default suite proves; a third of the rest is slow, and all of it the matrix."""
 SOURCES = [name for name in LAYOUTS if name in {saved for saved, _ in QUICK}]
 IN_FP8 = PrecisionConfig("fp8_tensor_delayed", arithmetic="emulate", amax_history=2, watch_every=0)
 IN_BLOCKS = PrecisionConfig("fp8_block", arithmetic="emulate", block=16, watch_every=0)
@@ -66,7 +66,11 @@ def told(proof: Proof) -> str:
 
 
 @pytest.mark.parametrize(
-    ("before", "now"), [pair if pair in QUICK else pytest.param(*pair, marks=pytest.mark.slow) for pair in ALL]
+    ("before", "now"),
+    [
+        pair if pair in QUICK else pytest.param(*pair, marks=pytest.mark.matrix if n % 3 else pytest.mark.slow)
+        for n, pair in enumerate(ALL)
+    ],
 )
 def test_saved_under_one_layout_and_continued_under_another(before, now, saved, layout_root, ranks, tmp_path):
     """Held to the undisturbed run on the layout that saved, which itself computes what one rank does."""

@@ -99,6 +99,7 @@ def test_without_a_checkpoint_it_begins_anew(root, undisturbed, ranks, tmp_path)
     assert_as_undisturbed(tmp_path, undisturbed(2), root, 2, ranks)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_it_too(root, undisturbed, ranks, tmp_path):
     command = torchrun(run_config(root, 2), tmp_path, 2, "--max-restarts=1")
     with session(command, **fault("kill", rank=1, forward=7)) as process:

@@ -103,7 +103,7 @@ def test_twenty_seeds_without_a_fault_are_not_accused(corpus, tmp_path):
     assert accused == {seed: [] for seed in range(20)}
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("precision", [one for one in RECIPES if "delayed" not in one["name"]], ids=named)
 def test_twenty_seeds_of_any_recipe_are_not_accused(precision, corpus, tmp_path):
     accused = accused_of_twenty_seeds(precision, corpus, tmp_path)
