@@ -25,9 +25,6 @@ COPY . .
 RUN /opt/octofold/bin/pip install $PIP_OPTIONS -c constraints/base.txt .
 
 FROM ${PYTHON_IMAGE}
-LABEL org.opencontainers.image.title="Octofold" \
-      org.opencontainers.image.description="Pretrains DeepSeek-class mixture-of-experts models; CPU image" \
-      org.opencontainers.image.licenses="Apache-2.0"
 RUN useradd --create-home --uid 1000 octofold && mkdir -p /work/runs && chown -R octofold:octofold /work
 COPY --from=build /opt/octofold /opt/octofold
 ENV PATH=/opt/octofold/bin:$PATH
@@ -35,6 +32,14 @@ ENV PATH=/opt/octofold/bin:$PATH
 USER 1000:1000
 # Runs are written below the working directory; tokenised data to the home folder's cache.
 WORKDIR /work
+# What was built:  --build-arg VERSION=$(git describe --always) --build-arg REVISION=$(git rev-parse HEAD)
+ARG VERSION=unknown
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="Octofold" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.description="Pretrains DeepSeek-class mixture-of-experts models; CPU image" \
+      org.opencontainers.image.licenses="Apache-2.0"
 HEALTHCHECK --interval=1m --timeout=10s CMD ["octofold", "--version"]
 ENTRYPOINT ["octofold"]
 CMD ["--help"]

@@ -23,9 +23,6 @@ COPY . .
 RUN /opt/octofold/bin/pip install $PIP_OPTIONS -c constraints/base.txt -c constraints/cuda.txt '.[cuda,track]'
 
 FROM ${PYTHON_IMAGE}
-LABEL org.opencontainers.image.title="Octofold" \
-      org.opencontainers.image.description="Pretrains DeepSeek-class mixture-of-experts models; NVIDIA image" \
-      org.opencontainers.image.licenses="Apache-2.0"
 # Triton compiles a launcher with a C compiler at run time; NCCL finds InfiniBand and RoCE through libibverbs.
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -40,6 +37,14 @@ ENV PATH=/opt/octofold/bin:$PATH \
 USER 1000:1000
 # Runs are written below the working directory; tokenised data and compiled kernels to the home folder's cache.
 WORKDIR /work
+# What was built:  --build-arg VERSION=$(git describe --always) --build-arg REVISION=$(git rev-parse HEAD)
+ARG VERSION=unknown
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="Octofold" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.description="Pretrains DeepSeek-class mixture-of-experts models; NVIDIA image" \
+      org.opencontainers.image.licenses="Apache-2.0"
 HEALTHCHECK --interval=1m --timeout=10s CMD ["octofold", "--version"]
 ENTRYPOINT ["octofold"]
 CMD ["--help"]

@@ -60,7 +60,8 @@ def test_the_image_is_labelled_checked_and_never_root(image):
     assert last["USER"] == "1000:1000"  # a number, which Kubernetes can hold to runAsNonRoot
     assert last["ENTRYPOINT"] == '["octofold"]'
     assert "HEALTHCHECK" in last
-    assert "org.opencontainers.image.licenses" in last["LABEL"]
+    for name in ("licenses", "version", "revision"):
+        assert f"org.opencontainers.image.{name}" in last["LABEL"]
     bases = {rest.split()[0] for word, rest in found if word == "FROM"}
     (variable,) = bases  # one base, which a build may pin by digest
     default = next(rest for word, rest in found if word == "ARG" and rest.startswith(variable.strip("${}")))
@@ -103,3 +104,6 @@ def test_the_install_steps_of_the_cpu_image_make_an_octofold_that_works(tmp_path
     doctor = subprocess.run([octofold, "doctor", runs], cwd=tmp_path, env=kept, capture_output=True, text=True)
     python = [line for line in doctor.stdout.splitlines() if re.match(r"ok\s+(python|torch)\b", line)]
     assert len(python) == 2, doctor.stdout
+    assert doctor.returncode == 0, doctor.stdout
+    trained = [octofold, "train", "model=tiny", "train.steps=2", "data.tokenizer=bytes", f"run_dir={runs / 'tiny'}"]
+    subprocess.run(trained, cwd=tmp_path, env=kept, check=True, timeout=300)
