@@ -15,6 +15,8 @@ CONNECT_TIMEOUT_S = (120, 7200)
 """What HCCL_CONNECT_TIMEOUT may be."""
 WATCHDOG_GRACE_S = 60
 """How long torch_npu's watchdog leaves HCCL to say, by itself, which peer it waited for."""
+SAME_BITS = ("true", "strict")
+"""Values of HCCL_DETERMINISTIC, in any case, by which sums come out alike."""
 PREFIXES = ("HCCL_", "P2P_HCCL_", "TORCH_HCCL_")
 
 
@@ -26,7 +28,7 @@ def variables(config: BackendConfig, given: Mapping[str, str], *, deterministic:
         deterministic: sums come out alike to the last bit whenever they are taken.
 
     Raises:
-        ConfigError: backend.hccl_buffer_mb and HCCL_BUFFSIZE differ.
+        ConfigError: backend.hccl_buffer_mb and HCCL_BUFFSIZE, or train.deterministic and HCCL_DETERMINISTIC, differ.
     """
     wait_s = math.ceil(config.timeout_s)
     least_s, most_s = CONNECT_TIMEOUT_S
@@ -35,6 +37,12 @@ def variables(config: BackendConfig, given: Mapping[str, str], *, deterministic:
     added = {name: str(number) for name, number in wanted.items()}
     if deterministic:
         added["HCCL_DETERMINISTIC"] = "true"
+        said = given.get("HCCL_DETERMINISTIC", "true")
+        if said.lower() not in SAME_BITS:
+            # torch_npu would tell each group otherwise, whatever HCCL reads there.
+            shown = f"train.deterministic=true HCCL_DETERMINISTIC={said}"
+            remedy = "unset HCCL_DETERMINISTIC, or train.deterministic=false"
+            raise ConfigError("train.deterministic", shown, "both say the same", remedy)
     if config.hccl_buffer_mb:
         added["HCCL_BUFFSIZE"] = str(config.hccl_buffer_mb)
         said = given.get("HCCL_BUFFSIZE", added["HCCL_BUFFSIZE"])

@@ -26,7 +26,7 @@ def test_buffers_and_determinism_are_told_where_asked_for():
 
 
 def test_what_the_user_has_set_stays():
-    own = {"HCCL_EXEC_TIMEOUT": "1000", "HCCL_CONNECT_TIMEOUT": "200", "HCCL_DETERMINISTIC": "false"}
+    own = {"HCCL_EXEC_TIMEOUT": "1000", "HCCL_CONNECT_TIMEOUT": "200", "HCCL_DETERMINISTIC": "strict"}
     assert hccl.variables(BackendConfig(), own, deterministic=True) == {}
     assert hccl.watchdog_timeout(BackendConfig(), own) == timedelta(seconds=1060)
 
@@ -41,6 +41,19 @@ def test_two_sizes_of_buffers_are_refused():
     assert "HCCL_BUFFSIZE" not in hccl.variables(BackendConfig(hccl_buffer_mb=64), same, deterministic=False)
     with pytest.raises(ConfigError, match=r"backend.hccl_buffer_mb=32 HCCL_BUFFSIZE=64"):
         hccl.variables(BackendConfig(hccl_buffer_mb=32), same, deterministic=False)
+
+
+@pytest.mark.parametrize("said", ["true", "TRUE", "strict"])
+def test_determinism_is_asked_for_in_both_places(said):
+    assert "HCCL_DETERMINISTIC" not in hccl.variables(BackendConfig(), {"HCCL_DETERMINISTIC": said}, deterministic=True)
+
+
+@pytest.mark.parametrize("said", ["false", "False", ""])
+def test_determinism_that_the_environment_denies_is_refused(said):
+    own = {"HCCL_DETERMINISTIC": said}
+    with pytest.raises(ConfigError, match=rf"(?s)train.deterministic=true HCCL_DETERMINISTIC={said}\n.*remedy: unset"):
+        hccl.variables(BackendConfig(), own, deterministic=True)
+    assert "HCCL_DETERMINISTIC" not in hccl.variables(BackendConfig(), own, deterministic=False)
 
 
 def test_other_backends_are_told_nothing(monkeypatch):

@@ -1,6 +1,8 @@
 // See settings.h. Timeouts bound how long a rank waits; the rest changes nothing here and is kept for tests to read.
 #include "settings.h"
 
+#include <algorithm>
+#include <cctype>
 #include <mutex>
 
 #include "../acl/settings.h"
@@ -15,6 +17,7 @@ std::string groups;
 
 long deterministic_by_environment() {
     std::string said = text("HCCL_DETERMINISTIC", "false");
+    std::transform(said.begin(), said.end(), said.begin(), ::tolower);
     return said == "strict" ? 2 : said == "true";
 }
 
