@@ -85,6 +85,7 @@ def capabilities(soc_name: str, memory_bytes: int) -> Capabilities:
         fp8=chip.has_fp8,
         mxfp8=chip.has_fp8,
         hif8=chip.has_fp8,
+        casts_fp8=chip.has_fp8,
         memory_bytes=memory_bytes,
         peak_flops=None if peak is None else {"bf16": peak},
     )

@@ -29,6 +29,8 @@ class Capabilities:
     """Products of INT8 operands run natively."""
     hif8: bool = False
     """Products of HiFloat8 operands run natively."""
+    casts_fp8: bool = True
+    """Operators read and write tensors of FP8 dtypes; elsewhere only providers made for that do, byte by byte."""
 
     def native(self) -> list[str]:
         """Names of the arithmetic that products run natively in, besides FP32."""

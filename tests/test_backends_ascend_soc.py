@@ -12,6 +12,7 @@ from octofold.backends.cpu import CpuBackend
 from octofold.backends.errors import ConfigError, UserError
 from octofold.backends.process_group import RankInfo
 from octofold.train.build import draft_fitting
+from octofold.train.optim.adamw import require_moments
 from octofold.train.precision.config import PrecisionConfig
 from octofold.train.precision.policy import require_arithmetic
 
@@ -87,6 +88,14 @@ def test_a_chip_without_fp8_keeps_sends_or_emulates_it(arithmetic):
 @pytest.mark.parametrize("recipe", ["fp8_block", "mxfp8", "bf16"])
 def test_950_takes_every_recipe(recipe):
     assert refusal(PrecisionConfig(recipe), "Ascend950DT_9582") is None
+
+
+@pytest.mark.parametrize("soc_name", ["Ascend910B2", "Ascend910_9392"])
+def test_moments_in_fp8_are_for_chips_that_cast_to_it(soc_name, tmp_path):
+    config = tiny_run(write_corpus(tmp_path), precision={"name": "bf16"}, optim={"moments": "fp8"})
+    with pytest.raises(ConfigError, match=rf"(?s)moments=fp8\n.*{soc_name}.*remedy: optim.moments=bf16"):
+        draft_fitting(config, NamedDevice(soc_name), RankInfo(), TINY.vocab_size)
+    require_moments(config.optim, capabilities("Ascend950DT_9582", 1))
 
 
 def refusal(precision, soc_name):

@@ -30,7 +30,7 @@ from octofold.train.models.decoder import Decoder
 from octofold.train.models.init import initialise
 from octofold.train.models.registry import load_architecture
 from octofold.train.models.stages import Stages
-from octofold.train.optim.adamw import build_adamw
+from octofold.train.optim.adamw import build_adamw, require_moments
 from octofold.train.optim.schedule import learning_rate
 from octofold.train.precision.apply import (
     apply_precision,
@@ -228,10 +228,12 @@ def draft_fitting(
     """`draft_model`, refused where it does not fit a rank's memory. Collective: all ranks decide alike.
 
     Raises:
-        ConfigError: see `require_memory` and `Topology.read`.
+        ConfigError: see `require_arithmetic`, `require_moments`, `require_memory` and `Topology.read`.
     """
     device = backend.device(info.local_rank)
     require_arithmetic(config.precision, backend.capabilities(info.local_rank))
+    if training:
+        require_moments(config.optim, backend.capabilities(info.local_rank))
     # HCCL alone reads it; beside another library it may be the table of some other job on this machine.
     named = os.environ.get(rank_table.VARIABLE) if backend.collective_library == "hccl" else None
     topology = Topology.read(config.backend, info, Path(named) if named else None)

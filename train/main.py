@@ -29,6 +29,7 @@ from octofold.train.config import RunConfig
 from octofold.train.console import Console
 from octofold.train.data.build import build_data
 from octofold.train.metrics import MetricsWriter, read_metrics
+from octofold.train.optim.adamw import require_moments
 from octofold.train.precision.policy import require_arithmetic
 from octofold.train.startup import startup_sections
 from octofold.train.stop import StopSignals
@@ -72,6 +73,7 @@ def train(
     with joined(backend, config.backend, info), ExitStack() as held:
         # First, before ranks talk: every rank knows it of its own device.
         require_arithmetic(config.precision, backend.capabilities(info.local_rank))
+        require_moments(config.optim, backend.capabilities(info.local_rank))
         if before is not None:
             before(backend, info)
         # After a restart each rank has looked for itself, while another machine's disk may have shown less.

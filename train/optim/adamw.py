@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from octofold.backends.base import Capabilities
 from octofold.backends.errors import ConfigError
 from octofold.train.config import OptimConfig
 from octofold.train.optim.moments import AdamW, CompactAdamW
@@ -14,6 +15,17 @@ from octofold.train.optim.moments import AdamW, CompactAdamW
 def decays(name: str, no_decay: list[str]) -> bool:
     """Whether weight decay applies to a parameter: its name matches none of the patterns."""
     return not any(fnmatchcase(name, pattern) for pattern in no_decay)
+
+
+def require_moments(optim: OptimConfig, capabilities: Capabilities) -> None:
+    """Refuse moments in FP8 where the device cannot cast to it: AdamW has no provider that would do without.
+
+    Raises:
+        ConfigError: with the device and the remedy.
+    """
+    if optim.moments == "fp8" and not capabilities.casts_fp8:
+        rule = f"{capabilities.device_name} does not cast to FP8, which every update does for them"
+        raise ConfigError("optim.moments", optim.moments, rule, "optim.moments=bf16")
 
 
 def build_adamw(model: nn.Module, optim: OptimConfig, names: Sequence[str] | None = None) -> AdamW:
