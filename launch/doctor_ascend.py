@@ -144,6 +144,11 @@ def check_driver(here: Surroundings) -> Iterator[Finding]:
 
 
 UNKNOWN_SOC = Problem(FAIL, "{error}", "{remedy}")
+NO_NPU = Problem(
+    FAIL,
+    "{count} /dev/davinciN are here, and torch sees no NPU (ASCEND_RT_VISIBLE_DEVICES={visible})",
+    "unset ASCEND_RT_VISIBLE_DEVICES; then npu-smi info must list them; source CANN's set_env.sh",
+)
 SILENT_NPU = Problem(FAIL, "torch_npu does not reach its devices: {error}", "npu-smi info; source CANN's set_env.sh")
 
 
@@ -151,6 +156,9 @@ def check_soc(here: Surroundings) -> Iterator[Finding]:
     devices, error = here.torch.devices("npu"), here.torch.said.get("npu", {}).get("error")
     if error:
         yield SILENT_NPU.found(error=error)
+    elif not devices and device_files() and cann_home(here.environ) and installed("torch-npu") and here.torch.version:
+        visible = here.environ.get("ASCEND_RT_VISIBLE_DEVICES", "not set")
+        yield NO_NPU.found(count=len(device_files()), visible=visible)
     elif not devices:
         yield ok("torch sees no NPU" if here.ascend else ABSENT)
     else:
@@ -188,5 +196,5 @@ CHECKS = (
         check_driver,
         (NO_DRIVER, OTHER_DRIVER, NO_DEVICE, FORBIDDEN),
     ),
-    Check("soc", "the chip, and what it multiplies natively", check_soc, (UNKNOWN_SOC, SILENT_NPU)),
+    Check("soc", "the chip, and what it multiplies natively", check_soc, (UNKNOWN_SOC, NO_NPU, SILENT_NPU)),
 )

@@ -35,13 +35,13 @@ class TorchFacts:
 def ask_torch(environ: Mapping[str, str], limit_s: float = LIMIT_S) -> TorchFacts:
     """What torch says; asked again without its extensions where it does not come up with them."""
     said, error = _ask(environ, limit_s)
-    if error and environ.get(AUTOLOAD) != "0":
-        return TorchFacts(_ask({**environ, AUTOLOAD: "0"}, limit_s)[0], error)
+    if error:
+        return TorchFacts(_ask({**environ, AUTOLOAD: "0"}, limit_s, "alone")[0], error)
     return TorchFacts(said, error)
 
 
-def _ask(environ: Mapping[str, str], limit_s: float) -> tuple[dict[str, Any], str | None]:
-    command = [sys.executable, "-P", str(SCRIPT)]
+def _ask(environ: Mapping[str, str], limit_s: float, *arguments: str) -> tuple[dict[str, Any], str | None]:
+    command = [sys.executable, "-P", str(SCRIPT), *arguments]
     try:
         done = subprocess.run(
             command, env=dict(environ), capture_output=True, text=True, errors="replace", check=False, timeout=limit_s

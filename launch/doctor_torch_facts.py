@@ -5,6 +5,8 @@ That process may die or hang with a broken installation, which must not take `oc
 
 import json
 import os
+import sys
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -16,8 +18,12 @@ def device_facts(module: Any) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def facts() -> dict[str, Any]:
-    """Of the torch that this interpreter imports."""
+def facts(*, alone: bool) -> dict[str, Any]:
+    """Of the torch that this interpreter imports.
+
+    Args:
+        alone: torch_npu is not imported where torch does not.
+    """
     import torch
 
     if "OCTOFOLD_SOFTWARE_NPU" in os.environ:
@@ -28,10 +34,17 @@ def facts() -> dict[str, Any]:
     if torch.version.cuda and torch.cuda.is_available():
         said["cuda"] = device_facts(torch.cuda)
         said["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    if not alone and not hasattr(torch, "npu") and find_spec("torch_npu"):
+        # Where TORCH_DEVICE_BACKEND_AUTOLOAD=0 torch has not, and ranks import it by themselves, too.
+        try:
+            import torch_npu  # noqa: F401
+        except Exception as error:  # noqa: BLE001 whatever a broken installation raises is the answer
+            said["npu"] = {"error": f"{type(error).__name__}: {error}"}
+            return said
     if hasattr(torch, "npu"):
         said["npu"] = device_facts(torch.npu)
     return said
 
 
 if __name__ == "__main__":
-    print(json.dumps(facts()))
+    print(json.dumps(facts(alone="alone" in sys.argv)))

@@ -207,6 +207,38 @@ def test_a_chip_that_is_unknown_or_silent(npu_said, part, here):
     assert (status, part in what) == ("fail", True)
 
 
+@pytest.mark.parametrize("visible", [None, "9"])
+def test_devices_that_torch_does_not_see(visible, here, npu, tmp_path):
+    npu("2.13.0")
+    environ = ascend(tmp_path) | ({} if visible is None else {"ASCEND_RT_VISIBLE_DEVICES": visible})
+    assert said_by("soc", here(environ)) == [("ok", "torch sees no NPU")]
+    (tmp_path / "dev").mkdir()
+    for name in ("davinci0", "davinci1", "davinci_manager"):
+        (tmp_path / "dev" / name).touch()
+    shown = f"(ASCEND_RT_VISIBLE_DEVICES={visible or 'not set'})"
+    expected = ("fail", f"2 /dev/davinciN are here, and torch sees no NPU {shown}")
+    assert said_by("soc", here(environ)) == [expected]
+    assert said_by("soc", here(environ, {"torch": "2.13.0", "npu": {"devices": []}})) == [expected]
+    # Without CANN, or without a torch that says anything, other checks have told why.
+    assert said_by("soc", here({}))[0][0] == said_by("soc", here(environ, {}))[0][0] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import torch; torch.npu = type('N', (), dict(device_count=lambda: 1, get_device_name=str))", ["0"]),
+        (NO_HCCL, "libhccl.so"),
+        ("import os; os.abort()", None),
+    ],
+)
+def test_torch_npu_is_asked_where_torch_loads_no_extension(code, said, tmp_path):
+    site = package(tmp_path / "site", "torch_npu", code)
+    facts = ask_torch(environment(site, TORCH_DEVICE_BACKEND_AUTOLOAD="0"))
+    assert facts.version is not None
+    assert (facts.error is None) == (said is not None)
+    assert said is None or facts.devices("npu") == said or said in facts.said["npu"]["error"]
+
+
 NVIDIA = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.133.20  Release Build\nGCC version: 12\n"
 
 
