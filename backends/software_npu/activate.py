@@ -1,14 +1,4 @@
-"""Puts the software NPU under torch_npu in a process: the environment it needs, and its libraries.
-
-| variable | is |
-|---|---|
-| SOFTWARE_NPU_SOC | the chip's name, which decides what torch_npu believes of it (Ascend950PR_9599) |
-| SOFTWARE_NPU_DEVICES | devices (8) |
-| SOFTWARE_NPU_MEMORY_MB | memory of a device (its share of the machine's) |
-| SOFTWARE_NPU_ASYNC | 1: streams are worker threads, and collectives and copies run while the host goes on |
-| SOFTWARE_NPU_DELAY_US | asynchronous: longest of the pauses of chance before a piece of work (0) |
-| SOFTWARE_NPU_SEED | of those pauses (0) |
-"""
+"""Puts the software NPU under torch_npu in a process: the environment it needs (settings.py), and its libraries."""
 
 import ctypes
 import os
@@ -19,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from octofold.backends.software_npu.build import ACL, HCCL, OPERATORS
+from octofold.backends.software_npu.settings import canonical
 
 FOLDER = "OCTOFOLD_SOFTWARE_NPU"
 """Variable that holds the folder of the libraries in a process that runs on them."""
-DEVICES = 8
 
 _libraries: list[Any] = []
 """Of the operators of this process; kernels stay registered as long as it lives."""
@@ -34,17 +24,17 @@ def environment(folder: Path, given: Mapping[str, str]) -> dict[str, str]:
     Args:
         folder: where `build` put the libraries.
         given: the environment it will be added to, whose own settings stay.
+
+    Raises:
+        UserError: see `canonical`.
     """
-    devices = int(given.get("SOFTWARE_NPU_DEVICES", DEVICES))
-    machine_mb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
     added = {
         FOLDER: str(folder),
         # torch would import torch_npu by itself, before the libraries are there.
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
-        "SOFTWARE_NPU_DEVICES": str(devices),
-        "SOFTWARE_NPU_MEMORY_MB": given.get("SOFTWARE_NPU_MEMORY_MB", str(machine_mb // devices)),
+        **canonical(given),
     }
-    if given.get("SOFTWARE_NPU_ASYNC", "0") == "0":
+    if added["SOFTWARE_NPU_ASYNC"] == "0":
         # Operators run in the call; those that torch_npu would queue in a thread of its own must not overtake them.
         added["TASK_QUEUE_ENABLE"] = "0"
     return added
