@@ -101,16 +101,20 @@ def _uneven(rank: int, ranks: int, device: torch.device, dtype: torch.dtype) -> 
 def _caught(what: Callable[[torch.device], Any]) -> str:
     """What the ranks are told when the function has run and the device is waited for; "" for nothing."""
     with group() as (_, _, device):
-        x = torch.ones(4, device=device)
-        dist.all_reduce(x)
+        dist.all_reduce(torch.ones(4, device=device))
+        return _caught_here(what)
+
+
+def _caught_here(what: Callable[[torch.device], Any]) -> str:
+    """The same, in a group."""
+    torch.npu.synchronize()  # type: ignore[attr-defined]
+    try:
+        what(AscendBackend().device(int(os.environ["LOCAL_RANK"])))
         torch.npu.synchronize()  # type: ignore[attr-defined]
-        try:
-            what(device)
-            torch.npu.synchronize()  # type: ignore[attr-defined]
-        except RuntimeError as error:
-            # The group is broken, and so would be leaving it in order.
-            return _leave(str(error))
-        return _leave("")
+    except RuntimeError as error:
+        # The group is broken, and so would be leaving it in order.
+        return _leave(str(error))
+    return _leave("")
 
 
 def _leave(told: str) -> str:
@@ -169,6 +173,42 @@ def absent_peer() -> str:
             dist.all_reduce(torch.ones(4, device=device))
 
     return _caught(what)
+
+
+def stopped_peer() -> str:
+    """Rank 1 is stopped before it takes what fills every buffer between the ranks. Rank 0 lets it go on to its end."""
+    pids: list[Any] = [None, None]
+
+    def what(device: torch.device) -> None:
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return
+        try:
+            dist.all_reduce(torch.ones(4 << 20, device=device))
+        finally:
+            os.kill(pids[1], signal.SIGCONT)
+
+    with group():
+        dist.all_gather_object(pids, os.getpid())
+        return _caught_here(what)
+
+
+def absent_from_group() -> str:
+    """Rank 1 never makes a group that the others use."""
+    import time
+
+    with group() as (rank, ranks, device):
+        x = torch.ones(4, device=device)
+        dist.all_reduce(x)
+        part = dist.new_group(list(range(ranks)))
+
+        def what(device: torch.device) -> None:
+            if rank == 1:
+                time.sleep(10)
+            else:
+                dist.all_reduce(x, group=part)
+
+        return _caught_here(what)
 
 
 def waits() -> dict[str, float]:

@@ -53,6 +53,21 @@ def test_ranks_that_disagree_or_die_are_named_with_their_call(fault, asynchronou
     assert ran[1].status == (-9 if fault == "killed_peer" else 0), ran[1].errors
 
 
+def test_a_rank_that_stops_before_it_takes_what_it_is_sent_is_named():
+    ran = start("ascend_hccl_tasks:stopped_peer", 2, HCCL_EXEC_TIMEOUT="3")
+    assert "in all_reduce number " in ran[0].value
+    assert "(16777216 bytes of FP32, sum): waited 3 s for rank 1" in ran[0].value, ran[0].errors
+    assert ran[1].status == 0, ran[1].errors
+
+
+def test_a_rank_that_never_joins_a_group_is_named_by_all_others():
+    ran = start("ascend_hccl_tasks:absent_from_group", 3, HCCL_EXEC_TIMEOUT="30", HCCL_CONNECT_TIMEOUT="3")
+    for rank in (0, 2):
+        expected = f"rank {rank} of a new group of 3: waited 3 s for rank 1 of 3 in its group"
+        assert expected in ran[rank].value, ran[rank].errors
+    assert ran[1].status == 0, ran[1].errors
+
+
 def test_a_missing_wait_and_a_wrong_stream_give_wrong_results():
     for found in values("ascend_hccl_tasks:waits", 2, ASYNC="1", DELAY_US="100000", SEED="3"):
         assert found["good"] == found["right_stream"] == 6.0

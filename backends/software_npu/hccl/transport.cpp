@@ -7,8 +7,9 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
-#include <chrono>
+#include <climits>
 #include <cstddef>
 #include <cstring>
 #include <map>
@@ -19,13 +20,7 @@ namespace software_npu {
 
 namespace {
 
-using Clock = std::chrono::steady_clock;
 constexpr int kRetryUs = 2000;
-
-struct Envelope {
-    Call call;
-    uint64_t bytes;
-};
 
 // 0 lifts a timeout, here to three weeks.
 Clock::time_point deadline_of(long timeout_s) {
@@ -34,26 +29,43 @@ Clock::time_point deadline_of(long timeout_s) {
 
 std::string waited(long timeout_s) { return "waited " + std::to_string(timeout_s) + " s for "; }
 
-bool read_all(int socket, void *to, size_t bytes) {
-    for (auto *place = static_cast<char *>(to); bytes;) {
-        ssize_t got = read(socket, place, bytes);
-        if (got < 0 && errno == EINTR) continue;
-        if (got <= 0) return false;
-        place += got;
-        bytes -= got;
+// Whether the socket is ready for `what` before the deadline.
+bool ready(int socket, short what, Clock::time_point deadline) {
+    for (;;) {
+        pollfd waiting{socket, what, 0};
+        auto left_ms = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
+        int found = poll(&waiting, 1, static_cast<int>(std::clamp<long>(left_ms, 0, INT_MAX)));
+        if (found >= 0 || errno != EINTR) return found > 0;
     }
-    return true;
 }
 
-bool write_all(int socket, const void *from, size_t bytes) {
-    for (auto *place = static_cast<const char *>(from); bytes;) {
-        ssize_t put = ::send(socket, place, bytes, MSG_NOSIGNAL);
-        if (put < 0 && errno == EINTR) continue;
-        if (put <= 0) return false;
-        place += put;
-        bytes -= put;
+// Move bytes by `step(place, bytes)`, a call that never waits. A peer that is stopped takes and gives none.
+template <class Place, class Step>
+Done move_all(int socket, short what, Clock::time_point deadline, Place *place, size_t bytes, Step step) {
+    while (bytes) {
+        ssize_t moved = step(place, bytes);
+        if (moved > 0) {
+            place += moved;
+            bytes -= moved;
+        } else if (moved == 0 || (errno != EINTR && errno != EAGAIN)) {
+            return Done::gone;
+        } else if (errno == EAGAIN && !ready(socket, what, deadline)) {
+            return Done::late;
+        }
     }
-    return true;
+    return Done::whole;
+}
+
+Done read_all(int socket, void *to, size_t bytes, Clock::time_point deadline) {
+    auto step = [socket](char *place, size_t left) { return recv(socket, place, left, MSG_DONTWAIT); };
+    return move_all(socket, POLLIN, deadline, static_cast<char *>(to), bytes, step);
+}
+
+Done write_all(int socket, const void *from, size_t bytes, Clock::time_point deadline) {
+    auto step = [socket](const char *place, size_t left) {
+        return ::send(socket, place, left, MSG_NOSIGNAL | MSG_DONTWAIT);
+    };
+    return move_all(socket, POLLOUT, deadline, static_cast<const char *>(from), bytes, step);
 }
 
 struct Address {
@@ -124,12 +136,25 @@ std::string Mesh::open(const std::string &id, int size_, int rank_, const GroupS
     return "";
 }
 
-bool Mesh::greet(int socket, int world_rank, int &their_rank, int &their_world_rank) {
-    int32_t mine[2] = {rank, world_rank}, theirs[2];
-    if (!write_all(socket, mine, sizeof mine) || !read_all(socket, theirs, sizeof theirs)) return false;
+// The rank that answers, or what is wrong: one that is stopped, or still waits for a lower rank itself, says nothing.
+std::string Mesh::greet(int socket, const std::string &whom, Clock::time_point deadline, int &their_rank) {
+    int32_t mine[2] = {rank, peers_[rank]->world_rank}, theirs[2];
+    Done done = write_all(socket, mine, sizeof mine, deadline);
+    if (done == Done::whole) done = read_all(socket, theirs, sizeof theirs, deadline);
+    if (done == Done::late) return waited(settings.connect_timeout_s) + whom;
+    if (done == Done::gone || theirs[0] < 0 || theirs[0] >= size) return "lost " + whom;
     their_rank = theirs[0];
-    their_world_rank = theirs[1];
-    return their_rank >= 0 && their_rank < size;
+    peers_[their_rank]->world_rank = theirs[1];
+    return "";
+}
+
+// The higher ranks that have not called yet.
+std::string Mesh::missing() const {
+    std::string names;
+    for (int other = rank + 1; other < size; other++) {
+        if (peers_[other]->socket < 0) names += (names.empty() ? "" : ", ") + name(other);
+    }
+    return names;
 }
 
 // Each process calls those of lower rank and is called by those of higher rank.
@@ -148,7 +173,7 @@ std::string Mesh::join(const std::string &id) {
         Peer &peer = *peers_[lower];
         if (!connect(calling, theirs.get(), theirs.length)) {
             peer.socket = calling;
-            if (!greet(calling, peers_[rank]->world_rank, who, peer.world_rank)) failure = "lost " + name(lower);
+            failure = greet(calling, name(lower), deadline, who);
             lower++;
             continue;
         }
@@ -156,23 +181,45 @@ std::string Mesh::join(const std::string &id) {
         if (Clock::now() > deadline) failure = waited(settings.connect_timeout_s) + name(lower);
         usleep(kRetryUs);
     }
-    for (int missing = size - rank - 1; missing > 0 && failure.empty(); missing--) {
-        pollfd waiting{listening, POLLIN, 0};
-        auto left_ms = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
-        if (poll(&waiting, 1, std::max<long>(left_ms, 0)) <= 0) {
-            failure = waited(settings.connect_timeout_s) + std::to_string(missing) + " higher rank(s)";
+    for (int left = size - rank - 1; left > 0 && failure.empty(); left--) {
+        if (!ready(listening, POLLIN, deadline)) {
+            failure = waited(settings.connect_timeout_s) + missing();
             break;
         }
-        int called = accept4(listening, nullptr, nullptr, SOCK_CLOEXEC), who = -1, world_rank = -1;
-        if (called < 0 || !greet(called, peers_[rank]->world_rank, who, world_rank)) {
-            failure = "lost a higher rank";
+        int called = accept4(listening, nullptr, nullptr, SOCK_CLOEXEC), who = -1;
+        if (called < 0) {
+            failure = "cannot accept: " + std::string(strerror(errno));
             break;
         }
-        peers_[who]->socket = called;
-        peers_[who]->world_rank = world_rank;
+        failure = greet(called, "one of " + missing(), deadline, who);
+        if (who < 0) {
+            close(called);
+        } else {
+            peers_[who]->socket = called;
+        }
     }
     close(listening);
     return failure;
+}
+
+// What there is of the next message, without waiting for the rest: a peer may stop in the middle of one.
+Done Mesh::take(Peer &peer) {
+    constexpr size_t head = sizeof peer.envelope;
+    for (;;) {
+        if (peer.got == head) peer.data.resize(peer.envelope.bytes);
+        if (peer.got >= head && peer.got - head == peer.envelope.bytes) return Done::whole;
+        bool in_head = peer.got < head;
+        char *place = in_head ? reinterpret_cast<char *>(&peer.envelope) + peer.got : peer.data.data() + peer.got - head;
+        size_t left = in_head ? head - peer.got : peer.envelope.bytes - (peer.got - head);
+        ssize_t got = recv(peer.socket, place, left, MSG_DONTWAIT);
+        if (got > 0) {
+            peer.got += got;
+        } else if (got == 0 || (errno != EINTR && errno != EAGAIN)) {
+            return Done::gone;
+        } else if (errno == EAGAIN) {
+            return Done::late;
+        }
+    }
 }
 
 void Mesh::serve() {
@@ -190,17 +237,13 @@ void Mesh::serve() {
         for (size_t i = 1; i < watched.size(); i++) {
             if (!watched[i].revents) continue;
             Peer &peer = *peers_[ranks[i]];
-            Envelope envelope;
-            Message message;
-            bool whole = read_all(peer.socket, &envelope, sizeof envelope);
-            if (whole) {
-                message.call = envelope.call;
-                message.data.resize(envelope.bytes);
-                whole = read_all(peer.socket, message.data.data(), envelope.bytes);
-            }
+            Done done = take(peer);
+            if (done == Done::late) continue;
             std::lock_guard<std::mutex> lock(mutex_);
-            if (whole) {
-                peer.arrived.push_back(std::move(message));
+            if (done == Done::whole) {
+                peer.arrived.push_back({peer.envelope.call, std::move(peer.data)});
+                peer.data = {};
+                peer.got = 0;
             } else {
                 peer.gone = true;
             }
@@ -232,9 +275,16 @@ std::string Mesh::send(int to, const Call &call, const void *data, uint64_t byte
         return "";
     }
     Envelope envelope{call, bytes};
+    auto deadline = deadline_of(settings.exec_timeout_s);
     std::lock_guard<std::mutex> lock(peer.sending);
-    bool sent = write_all(peer.socket, &envelope, sizeof envelope) && write_all(peer.socket, data, bytes);
-    return sent ? "" : name(rank) + " in " + describe(call, bytes) + ": " + name(to) + " is gone";
+    Done done = write_all(peer.socket, &envelope, sizeof envelope, deadline);
+    if (done == Done::whole) done = write_all(peer.socket, data, bytes, deadline);
+    if (done == Done::whole) return "";
+    std::string mine = name(rank) + " in " + describe(call, bytes) + ": ";
+    if (done == Done::gone) return mine + name(to) + " is gone";
+    // Half a message has gone out, and nothing can follow it.
+    shutdown(peer.socket, SHUT_RDWR);
+    return mine + waited(settings.exec_timeout_s) + name(to);
 }
 
 std::string Mesh::receive(int from, const Call &expected, uint64_t bytes, Message &message) {

@@ -2,8 +2,9 @@
 // thread that receives whatever arrives, so that no send waits for its receiver to ask.
 #pragma once
 
-#include <cstdint>
+#include <chrono>
 #include <condition_variable>
+#include <cstdint>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -32,6 +33,16 @@ struct Message {
     std::vector<char> data;
 };
 
+// What goes over a socket before the data.
+struct Envelope {
+    Call call;
+    uint64_t bytes;
+};
+
+// How moving bytes ended: late where the other end moved none for too long.
+enum class Done { whole, gone, late };
+using Clock = std::chrono::steady_clock;
+
 // "all_reduce number 3 (16 bytes of FP32)"
 std::string describe(const Call &call, uint64_t bytes);
 
@@ -58,10 +69,16 @@ class Mesh {
         bool gone = false;
         std::deque<Message> arrived;
         std::mutex sending;
+        // Of the message that is arriving: `got` bytes of its envelope and data.
+        Envelope envelope;
+        std::vector<char> data;
+        size_t got = 0;
     };
 
     std::string join(const std::string &id);
-    bool greet(int socket, int world_rank, int &their_rank, int &their_world_rank);
+    std::string greet(int socket, const std::string &whom, Clock::time_point deadline, int &their_rank);
+    std::string missing() const;
+    Done take(Peer &peer);
     void serve();
 
     std::vector<std::unique_ptr<Peer>> peers_;
