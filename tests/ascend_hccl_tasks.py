@@ -151,6 +151,21 @@ def other_order() -> str:
     return _caught(what)
 
 
+def other_root() -> str:
+    """Each rank broadcasts what it has itself."""
+    return _caught(lambda device: dist.broadcast(torch.ones(4, device=device), src=dist.get_rank()))
+
+
+def other_kind() -> str:
+    """Rank 0 gives to rank 1, which gives to rank 0: neither expects anything."""
+
+    def what(device: torch.device) -> None:
+        x = torch.ones(4, device=device)
+        dist.reduce(x, dst=0) if dist.get_rank() == 1 else dist.broadcast(x, src=0)
+
+    return _caught(what)
+
+
 def killed_peer() -> str:
     """Rank 1 is killed while the others wait for it."""
 

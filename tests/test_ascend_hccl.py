@@ -35,13 +35,18 @@ def test_every_collective(ranks, asynchronous):
         assert found[rank] == expected(rank, ranks)
 
 
+SUMS = "all_reduce number 1 (16 bytes of FP32, sum)"
+GIVES = "broadcast number 1 (16 bytes of FP32, root 0)"
 FAULTS = {
-    "other_size": "rank 1 is in all_reduce number 1 (12 bytes of FP32, sum)",
-    "other_dtype": "rank 1 is in all_reduce number 1 (16 bytes of INT32, sum)",
-    "other_order": "rank 1 is in broadcast number 1 (16 bytes of FP32, root 1)",
-    "killed_peer": "rank 1 is gone",
-    "absent_peer": "waited 3 s for rank 1",
+    "other_size": (SUMS, "rank 1 is in all_reduce number 1 (12 bytes of FP32, sum)"),
+    "other_dtype": (SUMS, "rank 1 is in all_reduce number 1 (16 bytes of INT32, sum)"),
+    "other_order": (SUMS, "rank 1 is in broadcast number 1 (16 bytes of FP32, root 1)"),
+    "other_root": (GIVES, "rank 1 is in broadcast number 1 (16 bytes of FP32, root 1)"),
+    "other_kind": (GIVES, "rank 1 is in reduce number 1 (16 bytes of FP32, sum, root 0)"),
+    "killed_peer": (SUMS, "rank 1 is gone"),
+    "absent_peer": (SUMS, "waited 3 s for rank 1"),
 }
+"""What rank 0 is in, and what it is told."""
 
 
 @pytest.mark.parametrize(
@@ -49,7 +54,7 @@ FAULTS = {
 )
 def test_ranks_that_disagree_or_die_are_named_with_their_call(fault, asynchronous):
     ran = start(f"ascend_hccl_tasks:{fault}", 2, ASYNC=asynchronous, HCCL_EXEC_TIMEOUT="3")
-    assert f"rank 0 in all_reduce number 1 (16 bytes of FP32, sum): {FAULTS[fault]}" in ran[0].value
+    assert "rank 0 in {}: {}".format(*FAULTS[fault]) in ran[0].value
     assert ran[1].status == (-9 if fault == "killed_peer" else 0), ran[1].errors
 
 

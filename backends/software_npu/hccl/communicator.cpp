@@ -51,7 +51,6 @@ std::string Communicator::send_all(Call &call, const std::vector<Part> &parts) {
     // Every rank begins with itself, so that not all write to rank 0 first.
     for (int step = 0; step < size(); step++) {
         int to = (rank() + step) % size();
-        if (parts[to].skip) continue;
         std::string wrong = mesh_.send(to, call, parts[to].data, parts[to].bytes);
         if (!wrong.empty()) return wrong;
     }
@@ -64,7 +63,6 @@ HcclResult Communicator::exchange(aclrtStream stream, Call call, std::vector<Par
         std::string wrong = send_all(call, parts);
         for (int from = 0; from < size() && wrong.empty(); from++) {
             Message message;
-            if (into[from].skip) continue;
             wrong = mesh_.receive(from, call, into[from].bytes, message);
             if (wrong.empty() && into[from].bytes) memcpy(into[from].data, message.data.data(), into[from].bytes);
         }
@@ -77,15 +75,15 @@ HcclResult Communicator::exchange_reduced(
     return run(stream, [=, this]() mutable -> std::string {
         std::lock_guard<std::mutex> lock(one_at_a_time_);
         std::string wrong = send_all(call, parts);
-        if (!out) return wrong;
         auto dtype = static_cast<HcclDataType>(call.dtype);
+        uint64_t bytes = out ? count * element_bytes(dtype) : 0;
         std::vector<std::vector<char>> arrived(size());
         for (int from = 0; from < size() && wrong.empty(); from++) {
             Message message;
-            wrong = mesh_.receive(from, call, count * element_bytes(dtype), message);
+            wrong = mesh_.receive(from, call, bytes, message);
             arrived[from] = std::move(message.data);
         }
-        if (!wrong.empty() || reduce(dtype, static_cast<HcclReduceOp>(call.reduction), arrived, out, count)) return wrong;
+        if (!wrong.empty() || !out || reduce(dtype, static_cast<HcclReduceOp>(call.reduction), arrived, out, count)) return wrong;
         return mesh_.name(rank()) + " in " + describe(call, arrived[0].size()) + ": HCCL does not reduce this dtype";
     });
 }

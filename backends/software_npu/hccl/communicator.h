@@ -13,11 +13,10 @@
 
 namespace software_npu {
 
-// What goes to one rank, or comes from it. `skip`: nothing, not even an empty message.
+// What goes to one rank, or comes from it. Where that is nothing a message goes all the same, and says what is called.
 struct Part {
     void *data = nullptr;
     uint64_t bytes = 0;
-    bool skip = false;
 };
 
 class Communicator {

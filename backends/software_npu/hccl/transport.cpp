@@ -15,6 +15,7 @@
 #include <map>
 
 #include "../acl/settings.h"
+#include "reduce.h"
 
 namespace software_npu {
 
@@ -96,7 +97,7 @@ std::string dtype_name(uint32_t dtype) {
 
 bool agree(const Call &one, const Call &other) {
     return one.kind == other.kind && one.dtype == other.dtype && one.reduction == other.reduction &&
-           one.root == other.root && one.number == other.number;
+           one.root == other.root && one.count == other.count && one.number == other.number;
 }
 
 }  // namespace
@@ -105,6 +106,8 @@ std::string describe(const Call &call, uint64_t bytes) {
     static const char *names[] = {"all_reduce", "broadcast",  "reduce_scatter", "scatter", "all_gather",
                                   "all_to_all", "reduce",     "barrier",        "send"};
     static const char *reductions[] = {"sum", "product", "max", "min"};
+    // Where no data flows between two ranks the call says how much does between others.
+    if (call.count) bytes = call.count * element_bytes(static_cast<HcclDataType>(call.dtype));
     std::string text = names[static_cast<uint32_t>(call.kind)];
     if (call.kind != Kind::send) text += " number " + std::to_string(call.number);
     text += " (" + std::to_string(bytes) + " bytes of " + dtype_name(call.dtype);

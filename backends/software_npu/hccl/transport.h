@@ -18,13 +18,14 @@ namespace software_npu {
 
 enum class Kind : uint32_t { all_reduce, broadcast, reduce_scatter, scatter, all_gather, all_to_all, reduce, barrier, send };
 
-// What a rank calls, as it travels before the data. Ranks of a communicator must agree on all but `bytes`, which the
-// receiver knows, too.
+// What a rank calls, as it travels before the data, to every rank: also to those that are sent no data. Ranks of a
+// communicator must agree on all of it, and on how much data follows, which the receiver knows, too.
 struct Call {
     Kind kind;
     uint32_t dtype;      // HcclDataType
     uint32_t reduction;  // HcclReduceOp; 0 where nothing is reduced
     uint32_t root;       // 0 where there is none
+    uint64_t count;      // elements; 0 where each rank may have another
     uint64_t number;     // of the communicator's collectives; 0 for a send
 };
 
