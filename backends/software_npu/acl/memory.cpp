@@ -14,6 +14,7 @@
 #include "settings.h"
 
 extern "C" void software_npu_enqueue(aclrtStream stream, void (*work)(void *), void *argument);
+extern "C" void software_npu_wait_for_streams(int device);
 
 namespace {
 
@@ -79,9 +80,14 @@ aclError aclrtMallocAlign32(void **pointer, size_t bytes, aclrtMemMallocPolicy p
     return aclrtMalloc(pointer, bytes, policy);
 }
 aclError aclrtFree(void *pointer) {
-    std::lock_guard<std::mutex> lock(memory_mutex);
+    std::unique_lock<std::mutex> lock(memory_mutex);
     auto found = blocks.find(reinterpret_cast<uintptr_t>(pointer));
     if (found == blocks.end()) return kBadParameter;
+    // As CANN does: work that is still to come may use it. Others may allocate meanwhile.
+    int device = found->second.device;
+    lock.unlock();
+    software_npu_wait_for_streams(device);
+    lock.lock();
     used_bytes[found->second.device] -= found->second.bytes;
     blocks.erase(found);
     free(pointer);

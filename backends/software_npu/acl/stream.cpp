@@ -70,6 +70,8 @@ void Stream::serve() {
 }
 
 void Stream::synchronize() {
+    // Work that waits for its own stream, such as a callback that frees memory, would never end.
+    if (worker_.get_id() == std::this_thread::get_id()) return;
     std::unique_lock<std::mutex> lock(mutex_);
     finished_.wait(lock, [this] { return waiting_.empty() && !busy_; });
 }

@@ -42,6 +42,15 @@ extern "C" {
 void software_npu_enqueue(aclrtStream stream, void (*work)(void *), void *argument) {
     enqueue(stream, [work, argument] { work(argument); });
 }
+void software_npu_wait_for_streams(int device) {
+    std::vector<Stream *> mine;
+    {
+        std::lock_guard<std::mutex> lock(streams_mutex);
+        std::copy_if(streams.begin(), streams.end(), std::back_inserter(mine),
+                     [device](Stream *stream) { return stream->device == device; });
+    }
+    for (auto *stream : mine) stream->synchronize();
+}
 void software_npu_report_error(int error, const char *message) { software_npu::report_error(error, message); }
 
 // --- streams
@@ -73,13 +82,7 @@ aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t) { return
 aclError aclrtSynchronizeDevice() {
     int32_t device = 0;
     if (aclError error = aclrtGetDevice(&device)) return error;
-    std::vector<Stream *> mine;
-    {
-        std::lock_guard<std::mutex> lock(streams_mutex);
-        std::copy_if(streams.begin(), streams.end(), std::back_inserter(mine),
-                     [device](Stream *stream) { return stream->device == device; });
-    }
-    for (auto *stream : mine) stream->synchronize();
+    software_npu_wait_for_streams(device);
     return software_npu::take_error();
 }
 aclError aclrtSynchronizeDeviceWithTimeout(int32_t) { return aclrtSynchronizeDevice(); }

@@ -46,8 +46,7 @@ HcclResult Communicator::run(aclrtStream stream, std::function<std::string()> wo
     return HCCL_SUCCESS;
 }
 
-std::string Communicator::send_all(Call &call, const std::vector<Part> &parts) {
-    call.number = collectives_++;
+std::string Communicator::send_all(const Call &call, const std::vector<Part> &parts) {
     // Every rank begins with itself, so that not all write to rank 0 first.
     for (int step = 0; step < size(); step++) {
         int to = (rank() + step) % size();
@@ -58,8 +57,8 @@ std::string Communicator::send_all(Call &call, const std::vector<Part> &parts) {
 }
 
 HcclResult Communicator::exchange(aclrtStream stream, Call call, std::vector<Part> parts, std::vector<Part> into) {
-    return run(stream, [this, call, parts = std::move(parts), into = std::move(into)]() mutable -> std::string {
-        std::lock_guard<std::mutex> lock(one_at_a_time_);
+    call.number = collectives_++;
+    return run(stream, [this, call, parts = std::move(parts), into = std::move(into)]() -> std::string {
         std::string wrong = send_all(call, parts);
         for (int from = 0; from < size() && wrong.empty(); from++) {
             Message message;
@@ -72,8 +71,8 @@ HcclResult Communicator::exchange(aclrtStream stream, Call call, std::vector<Par
 
 HcclResult Communicator::exchange_reduced(
     aclrtStream stream, Call call, std::vector<Part> parts, uint64_t count, void *out) {
-    return run(stream, [=, this]() mutable -> std::string {
-        std::lock_guard<std::mutex> lock(one_at_a_time_);
+    call.number = collectives_++;
+    return run(stream, [=, this]() -> std::string {
         std::string wrong = send_all(call, parts);
         auto dtype = static_cast<HcclDataType>(call.dtype);
         uint64_t bytes = out ? count * element_bytes(dtype) : 0;

@@ -4,6 +4,7 @@
 #include <acl/acl_rt.h>
 #include <hccl/hccl.h>
 
+#include <atomic>
 #include <functional>
 #include <string>
 #include <vector>
@@ -38,13 +39,13 @@ class Communicator {
    private:
     // Errors surface in the call, or in asynchronous mode where the host next waits.
     HcclResult run(aclrtStream stream, std::function<std::string()> work);
-    std::string send_all(Call &call, const std::vector<Part> &parts);
+    std::string send_all(const Call &call, const std::vector<Part> &parts);
 
     std::string id_;
     Mesh mesh_;
-    std::mutex one_at_a_time_;  // of collectives; sends and receives of several streams may wait for each other
-    uint64_t collectives_ = 0;
-    HcclResult failure_ = HCCL_SUCCESS;
+    // Streams may run collectives in another order than they were called in: the number says which belong together.
+    std::atomic<uint64_t> collectives_{0};
+    std::atomic<HcclResult> failure_{HCCL_SUCCESS};  // set by a stream's thread
 };
 
 }  // namespace software_npu

@@ -52,4 +52,9 @@ GroupSettings settings_of(const HcclCommConfig *config) {
 }  // namespace software_npu
 
 // A line for each communicator that this process has made: buffer in MB, deterministic, timeouts in s, name.
-extern "C" const char *software_npu_groups() { return software_npu::groups.c_str(); }
+extern "C" const char *software_npu_groups() {
+    static thread_local std::string shown;
+    std::lock_guard<std::mutex> lock(software_npu::mutex);
+    shown = software_npu::groups;
+    return shown.c_str();
+}

@@ -293,12 +293,14 @@ std::string Mesh::send(int to, const Call &call, const void *data, uint64_t byte
 std::string Mesh::receive(int from, const Call &expected, uint64_t bytes, Message &message) {
     Peer &peer = *peers_[from];
     bool is_send = expected.kind == Kind::send;
+    auto belongs = [&](const Message &other) {
+        return (other.call.kind == Kind::send) == is_send && other.call.number == expected.number;
+    };
     std::string mine = name(rank) + " in " + describe(expected, bytes);
     auto deadline = deadline_of(settings.exec_timeout_s);
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-        auto found = peer.arrived.begin();
-        while (found != peer.arrived.end() && (found->call.kind == Kind::send) != is_send) ++found;
+        auto found = std::find_if(peer.arrived.begin(), peer.arrived.end(), belongs);
         if (found != peer.arrived.end()) {
             message = std::move(*found);
             peer.arrived.erase(found);

@@ -54,7 +54,7 @@ class Mesh {
     // Meet the `size` processes that were given the same `id`. Returns what went wrong, empty where nothing did.
     std::string open(const std::string &id, int size, int rank, const GroupSettings &settings);
     std::string send(int to, const Call &call, const void *data, uint64_t bytes);
-    // The next message of `from` that is (or is not) a send.
+    // The next send of `from`, or what it says of the collective with this number.
     std::string receive(int from, const Call &expected, uint64_t bytes, Message &message);
 
     // "rank 3", or "rank 3 (rank 1 of 2 in its group)" where the two differ.
