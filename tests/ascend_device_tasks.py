@@ -1,10 +1,16 @@
 """What a process does on one device of the software NPU. Results are what JSON can hold."""
 
+import os
+from ctypes import CDLL, byref, c_int, c_size_t, c_void_p
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from octofold.backends.software_npu.activate import FOLDER
+from octofold.backends.software_npu.build import ACL
 
 STEPS = 10
 
@@ -87,19 +93,49 @@ def random_state() -> dict[str, bool]:
     }
 
 
+QUEUED = 20
+"""Pieces of work that a stream has before the one that counts, each after a pause of chance."""
+
+
 def streams() -> dict[str, Any]:
-    """A copy on a side stream, read with and without waiting for it; times of events."""
+    """What CANN writes on a side stream, read before it has been waited for and after; times of events.
+
+    By CANN's own call, since torch's operators are computed in the call, whatever their stream.
+    """
     npu = torch.npu  # type: ignore[attr-defined]
     npu.set_device(0)
-    source = torch.ones(1 << 16, device="npu")
+    there, scratch = (torch.zeros(1 << 16, dtype=torch.uint8, device="npu") for _ in range(2))
     npu.synchronize()
-    side, event = npu.Stream(), npu.Event(enable_timing=True)
-    start = npu.Event(enable_timing=True)
-    start.record()
+    side, start, event = npu.Stream(), npu.Event(enable_timing=True), npu.Event(enable_timing=True)
     with npu.stream(side):
-        copied = source * 2
+        start.record()
+        for tensor in [*([scratch] * QUEUED), there]:
+            _acl().aclrtMemsetAsync(*_place(tensor), 1, c_size_t(tensor.nbytes), c_void_p(side.npu_stream))
         event.record()
+    early = there.sum()
     npu.current_stream().wait_event(event)
-    total = copied.sum().item()
+    late = there.sum()
     npu.synchronize()
-    return {"total": total, "complete": event.query(), "elapsed_ms": start.elapsed_time(event)}
+    totals = {"early": early.item(), "late": late.item()}
+    return {**totals, "complete": event.query(), "elapsed_ms": start.elapsed_time(event)}
+
+
+def _acl() -> CDLL:
+    return CDLL(str(Path(os.environ[FOLDER]) / ACL))
+
+
+def _place(tensor: torch.Tensor) -> tuple[c_void_p, c_size_t]:
+    return c_void_p(tensor.data_ptr()), c_size_t(tensor.nbytes)
+
+
+def freed() -> list[int]:
+    """Results of CANN's own calls that free memory for which a stream has work, and the stream's state after that."""
+    torch.npu.set_device(0)  # type: ignore[attr-defined]
+    acl, bytes_ = _acl(), c_size_t(1 << 20)
+    stream, memory, state = c_void_p(), c_void_p(), c_int(-1)
+    results = [acl.aclrtSetDevice(0), acl.aclrtCreateStream(byref(stream))]
+    results.append(acl.aclrtMalloc(byref(memory), bytes_, 0))
+    results += [acl.aclrtMemsetAsync(memory, bytes_, 0, bytes_, stream) for _ in range(QUEUED)]
+    results += [acl.aclrtFree(memory), acl.aclrtStreamQuery(stream, byref(state))]
+    assert set(results) == {0}, results
+    return [state.value]
