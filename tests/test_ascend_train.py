@@ -79,3 +79,24 @@ def test_two_ranks_train_in_bf16_under_older_names(soc, data, tmp_path):
     on_cpu = losses(tmp_path / "cpu", *arguments, "backend=cpu")
     on_npu = losses(tmp_path / "npu", *arguments, "backend=ascend", "backend.software=true", SOC=soc)
     assert on_npu == pytest.approx(on_cpu, rel=2e-3)
+
+
+TWO_STEPS = ["train.steps=2"]
+MX = ["precision=mxfp8", "precision.block=128"]
+CASES = {
+    "mxfp8": ("Ascend950PR_9599", [*LAYOUTS["one rank"], *MX], "native", "emulate"),
+    "storage": ("Ascend910_9392", [*LAYOUTS["expert"], "precision=fp8_block", "precision.block=16"], *["storage"] * 2),
+    "pipeline": ("Ascend950PR_9599", [*LAYOUTS["fsdp"], "parallel.pipeline=2"], *["emulate"] * 2),
+}
+"""SoC, what both runs are told, and the arithmetic of the NPU's run and of the CPU's."""
+
+
+@pytest.mark.parametrize("case", ["mxfp8", "storage", pytest.param("pipeline", marks=pytest.mark.slow)])
+def test_arithmetic_and_pipeline_are_those_of_the_cpu(case, data, tmp_path):
+    soc, words, on_chip, on_host = CASES[case]
+    arguments = [*data, *words, *TWO_STEPS]
+    on_cpu = losses(tmp_path / "cpu", *arguments, "backend=cpu", f"precision.arithmetic={on_host}")
+    there = ["backend=ascend", "backend.software=true", f"precision.arithmetic={on_chip}"]
+    on_npu = losses(tmp_path / "npu", *arguments, *there, SOC=soc)
+    assert len(on_npu) == 2
+    assert on_npu == pytest.approx(on_cpu, rel=2e-3)
