@@ -115,6 +115,10 @@ FP8_OPS = [op for op in PROVIDERS if "quantize" in op or op.startswith("scaled_"
 """Those that only FP8 runs call."""
 
 
+EMULATIONS = ("cpu", "bytes", "reference")
+"""Providers that decode the operands of quantised products and multiply them in FP32 or wider."""
+
+
 @dataclass(frozen=True)
 class Workload:
     """What the ops will be asked to do, as far as it decides between providers."""

@@ -49,6 +49,8 @@ def losses(folder: Path, *overrides: str, **settings: str) -> list[float]:
         assert set(re.findall(rf"\b({'|'.join(NPU_OPS)}) +npu\b", done.stdout)) == set(NPU_OPS), done.stdout
         assert re.search(r"\bHCCL_EXEC_TIMEOUT +600\b", done.stdout), done.stdout
         assert re.search(r"\bHCCL_DETERMINISTIC +true\b", done.stdout), done.stdout
+        emulates = "experts' weight gradients FP32 products of decoded operands" in " ".join(done.stdout.split())
+        assert emulates == ("precision.arithmetic=native" in overrides), done.stdout
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line["loss"] for line in lines if line["kind"] == "train"]
 
@@ -100,3 +102,17 @@ def test_arithmetic_and_pipeline_are_those_of_the_cpu(case, data, tmp_path):
     on_npu = losses(tmp_path / "npu", *arguments, *there, SOC=soc)
     assert len(on_npu) == 2
     assert on_npu == pytest.approx(on_cpu, rel=2e-3)
+
+
+def test_native_products_that_950_has_no_operator_for_are_refused(data, tmp_path):
+    words = [*data, *LAYOUTS["one rank"], "precision=fp8_tensor_current", "precision.block=128"]
+    command = [*COMMAND, *MODEL, *BATCH, *NO_MORE, *words, "precision.arithmetic=native", "backend=ascend"]
+    command += ["backend.software=true", f"run_dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
+    assert done.returncode == 2, done.stdout + done.stderr
+    for part in (
+        "scaled_mm has none for this recipe (npu: ",
+        "precision.arithmetic=emulate",
+        "precision=mxfp8",
+    ):
+        assert part in done.stderr

@@ -11,10 +11,12 @@ from octofold.backends.base import Capabilities
 from octofold.backends.cpu import CpuBackend
 from octofold.backends.errors import ConfigError, UserError
 from octofold.backends.process_group import RankInfo
+from octofold.kernels.config import KernelsConfig
+from octofold.kernels.registry import Choice
 from octofold.train.build import draft_fitting
 from octofold.train.optim.adamw import require_moments
 from octofold.train.precision.config import PrecisionConfig
-from octofold.train.precision.policy import require_arithmetic
+from octofold.train.precision.policy import require_arithmetic, require_products
 
 A2 = ["Ascend910B1", "Ascend910B2", "Ascend910B2C", "Ascend910B3", "Ascend910B4", "Ascend910B4-1"]
 A3 = [f"Ascend910_{bin_}" for bin_ in ("9391", "9392", "9381", "9382", "9372", "9362", "9363")]
@@ -88,6 +90,21 @@ def test_a_chip_without_fp8_keeps_sends_or_emulates_it(arithmetic):
 @pytest.mark.parametrize("recipe", ["fp8_block", "mxfp8", "bf16"])
 def test_950_takes_every_recipe(recipe):
     assert refusal(PrecisionConfig(recipe), "Ascend950DT_9582") is None
+
+
+@pytest.mark.parametrize("recipe", ["fp8_tensor_current", "fp8_tensor_delayed", "fp8_block"])
+def test_a_product_without_a_native_provider_is_refused_unless_asked_for(recipe):
+    """Such as scales in FP32 on 950, which `bytes` would decode."""
+    choices = [Choice("scaled_mm", "bytes", {"npu": "powers of two alone"})]
+    with pytest.raises(ConfigError) as caught:
+        require_products(PrecisionConfig(recipe), KernelsConfig(), choices)
+    for part in ("scaled_mm", "npu: powers of two alone", "precision.arithmetic=emulate", "precision=mxfp8"):
+        assert part in str(caught.value)
+    require_products(PrecisionConfig(recipe), KernelsConfig(scaled_mm="bytes"), choices)
+    require_products(PrecisionConfig(recipe, arithmetic="emulate"), KernelsConfig(), choices)
+    # Weight gradients of experts are told in the start-up table.
+    native = [Choice("scaled_mm", "npu", {}), Choice("scaled_grouped_inner_mm", "bytes", {})]
+    require_products(PrecisionConfig(recipe), KernelsConfig(), native)
 
 
 @pytest.mark.parametrize("soc_name", ["Ascend910B2", "Ascend910_9392"])

@@ -43,7 +43,7 @@ from octofold.train.precision.apply import (
 )
 from octofold.train.precision.config import FP8, LossScaleConfig, PrecisionConfig
 from octofold.train.precision.loss_scale import LossScaler
-from octofold.train.precision.policy import recipe_for, require_arithmetic, require_whole_tiles
+from octofold.train.precision.policy import recipe_for, require_arithmetic, require_products, require_whole_tiles
 from octofold.train.precision.watch import Watch
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "fp64": torch.float64, **dict.fromkeys(["bf16", *FP8], torch.bfloat16)}
@@ -228,7 +228,7 @@ def draft_fitting(
     """`draft_model`, refused where it does not fit a rank's memory. Collective: all ranks decide alike.
 
     Raises:
-        ConfigError: see `require_arithmetic`, `require_moments`, `require_memory` and `Topology.read`.
+        ConfigError: see `require_arithmetic`, `require_moments`, `require_products`, `require_memory`, `Topology.read`.
     """
     device = backend.device(info.local_rank)
     require_arithmetic(config.precision, backend.capabilities(info.local_rank))
@@ -238,6 +238,8 @@ def draft_fitting(
     named = os.environ.get(rank_table.VARIABLE) if backend.collective_library == "hccl" else None
     topology = Topology.read(config.backend, info, Path(named) if named else None)
     built = draft_model(config, device, tokenizer_size, training=training, topology=topology)
+    if training:
+        require_products(config.precision, config.kernels, built.choices)
     require_memory(
         config.model.name,
         built.count,

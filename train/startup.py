@@ -6,7 +6,7 @@ import torch
 
 from octofold.backends.base import Backend
 from octofold.backends.process_group import RankInfo
-from octofold.kernels.registry import Choice
+from octofold.kernels.registry import EMULATIONS, Choice
 from octofold.parallel.config import DENSE_DEGREES, ParallelConfig
 from octofold.parallel.pipeline_split import split_layers
 from octofold.train.build import COMPUTE_DTYPES, BuiltModel, micro_batches, rank_memory_bytes
@@ -103,7 +103,16 @@ def _precision(config: RunConfig, built: BuiltModel, backend: Backend, info: Ran
         "master weights, gradients": "FP64" if precision.name == "fp64" else "FP32",
         "moments": "FP64" if precision.name == "fp64" else config.optim.moments.upper(),
         **plan_rows(precision, list(built.names.modules), compute_dtype=compute_dtype, sends=sends),
+        **_emulated_gradients(config, built.choices),
     }
+
+
+def _emulated_gradients(config: RunConfig, choices: list[Choice]) -> Section:
+    """Where other products are native."""
+    emulated = (c.op == "scaled_grouped_inner_mm" and c.provider in EMULATIONS for c in choices)
+    if config.precision.arithmetic != "native" or not any(emulated):
+        return {}
+    return {"experts' weight gradients": "FP32 products of decoded operands, for scaled_grouped_inner_mm is not native"}
 
 
 def _kernels(choices: list[Choice]) -> Section:

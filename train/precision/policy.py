@@ -8,8 +8,10 @@ from torch import nn
 
 from octofold.backends.base import Capabilities
 from octofold.backends.errors import ConfigError
+from octofold.kernels.config import KernelsConfig
 from octofold.kernels.qtensor import E4M3, E5M2, Format
 from octofold.kernels.recipe import Recipe, block_recipe, mx_recipe, tensor_recipe
+from octofold.kernels.registry import EMULATIONS, Choice
 from octofold.parallel.plan import ParallelPlan
 from octofold.parallel.transport import Transport
 from octofold.train.precision.config import FP8, PrecisionConfig, dispatch_tile
@@ -94,6 +96,22 @@ def require_arithmetic(precision: PrecisionConfig, capabilities: Capabilities) -
         "precision=bf16 does without (with precision.dispatch=fp8, tokens still travel to experts in FP8)"
     )
     raise ConfigError("precision.arithmetic", shown, rule, remedy)
+
+
+def require_products(precision: PrecisionConfig, kernels: KernelsConfig, choices: list[Choice]) -> None:
+    """Refuse native products for which nobody has written a provider here, where none was named.
+
+    Raises:
+        ConfigError: with the product, why the first providers cannot serve, and the ways out.
+    """
+    for choice in choices if precision.arithmetic == "native" else []:
+        op, is_product = choice.op, choice.op in ("scaled_mm", "scaled_grouped_mm")
+        if is_product and choice.provider in EMULATIONS and getattr(kernels, op) == "auto":
+            why = "; ".join(f"{name}: {reason}" for name, reason in choice.rejected.items())
+            shown = f"precision.name={precision.name} precision.arithmetic=native"
+            rule = f"a native provider multiplies; {op} has none for this recipe ({why}), and none is emulated unasked"
+            remedy = "precision.arithmetic=emulate, which decodes and multiplies in FP32, or precision=mxfp8"
+            raise ConfigError("precision.arithmetic", shown, rule, remedy)
 
 
 EXPERT_SIDES = {"gate_up_proj": 0, "down_proj": 1}
