@@ -76,7 +76,7 @@ test-matrix: $(VENV)/.dev
 
 test-ascend: $(ASCEND_VENV)/.dev
 	@echo "octofold: running the Ascend suite on a software NPU"
-	@$(ASCEND_PYTHON) -m pytest -m "ascend and not slow"
+	@$(ASCEND_PYTHON) -m pytest -n 2 --dist loadfile -m "ascend and not slow"
 
 test-launch: $(VENV)/.dev
 	@echo "octofold: running jobs over several hosts (half an hour)"

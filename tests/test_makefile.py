@@ -125,7 +125,7 @@ def test_torch_npu_has_an_environment_of_its_own(checkout):
     assert all(line.startswith(f"{python} -m pip install") for line in (first, second))
     assert first.endswith("-c constraints/base.txt -e '.[dev]'")
     assert second.endswith("-c constraints/ascend.txt --no-deps torch-npu")
-    assert last == f'{python} -m pytest -m "ascend and not slow"'
+    assert last == f'{python} -m pytest -n 2 --dist loadfile -m "ascend and not slow"'
     assert ".venv/" not in told.stdout
     assert ".venv-ascend" not in make(checkout, "-n", "test").stdout
 
