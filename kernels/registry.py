@@ -103,6 +103,7 @@ PROVIDERS: dict[str, dict[str, str]] = {
         "reference": "octofold.kernels.reference.scaled_mm",
     },
     "scaled_grouped_inner_mm": {
+        "npu": "octofold.kernels.npu.scaled_mm",
         "triton": "octofold.kernels.triton_scaled_mm",
         "cpu": "octofold.kernels.cpu_scaled_mm",
         "bytes": "octofold.kernels.bytes_scaled_mm",

@@ -80,6 +80,28 @@ def products() -> dict[str, float]:
             expected = reference_mm.scaled_grouped_mm(a, b, counts, out_dtype=torch.float32)
             out = npu_scaled_mm.scaled_grouped_mm(_there(a), _there(b), counts.to("npu"), out_dtype=torch.float32)
             found[f"grouped {left.tile} {m, n, k}"] = float((out.cpu() - expected).norm() / expected.norm())
+    return found | inner_products()
+
+
+def inner_products() -> dict[str, float]:
+    """Relative errors of experts' weight gradients: empty groups, one row, rows that fill no tile."""
+    found = {}
+    for wide in (32, 128):
+        for counts, f, d in [([0, 1, 40, 0], 5, 3), ([7], 1, 1), ([130, 64, 0, 3], 96, 40)]:
+            counts_E = torch.tensor(counts)
+            # Wider tiles are of E5M2, whose numbers reach far below and above.
+            format = Format((1, wide), dtype=E4M3 if wide == 32 else E5M2)
+            a, b = (
+                reference.quantize_groups(torch.randn(sum(counts), width) * 10.0 ** (width % 7 - 5), counts_E, format)
+                for width in (f, d)
+            )
+            for dtype in (torch.float32, torch.bfloat16):
+                expected = reference_mm.scaled_grouped_inner_mm(a, b, counts_E, out_dtype=dtype).float()
+                out = npu_scaled_mm.scaled_grouped_inner_mm(_there(a), _there(b), counts_E.to("npu"), out_dtype=dtype)
+                assert out.dtype == dtype
+                kind = "inner" if dtype == torch.float32 else "rounded"
+                error = (out.cpu().float() - expected).norm() / expected.norm()
+                found[f"{kind} {format.dtype} {counts} {f} {d}"] = float(error)
     return found
 
 
@@ -103,6 +125,9 @@ def fakes() -> dict[str, Any]:
             "scale": a.scale,
             "product": npu_scaled_mm.scaled_mm(a, one),
             "grouped": npu_scaled_mm.scaled_grouped_mm(a, b, counts, out_dtype=torch.float32),
+            "inner": npu_scaled_mm.scaled_grouped_inner_mm(
+                *(npu_quantize.quantize_groups(rows, counts, row) for rows in (x, x[:, :96])), counts
+            ),
         }
         return {name: [list(out.shape), str(out.dtype)] for name, out in results.items()}
 

@@ -49,7 +49,7 @@ def losses(folder: Path, *overrides: str, **settings: str) -> list[float]:
         assert set(re.findall(rf"\b({'|'.join(NPU_OPS)}) +npu\b", done.stdout)) == set(NPU_OPS), done.stdout
         assert re.search(r"\bHCCL_EXEC_TIMEOUT +600\b", done.stdout), done.stdout
         assert re.search(r"\bHCCL_DETERMINISTIC +true\b", done.stdout), done.stdout
-        emulates = "experts' weight gradients FP32 products of decoded operands" in " ".join(done.stdout.split())
+        emulates = "experts' weight gradients BF16 products of decoded operands" in " ".join(done.stdout.split())
         assert emulates == ("precision.arithmetic=native" in overrides), done.stdout
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line["loss"] for line in lines if line["kind"] == "train"]

@@ -109,10 +109,14 @@ def _precision(config: RunConfig, built: BuiltModel, backend: Backend, info: Ran
 
 def _emulated_gradients(config: RunConfig, choices: list[Choice]) -> Section:
     """Where other products are native."""
-    emulated = (c.op == "scaled_grouped_inner_mm" and c.provider in EMULATIONS for c in choices)
-    if config.precision.arithmetic != "native" or not any(emulated):
+    if config.precision.arithmetic != "native":
         return {}
-    return {"experts' weight gradients": "FP32 products of decoded operands, for scaled_grouped_inner_mm is not native"}
+    chosen = {choice.provider for choice in choices if choice.op == "scaled_grouped_inner_mm"}
+    dtype = "BF16" if "npu" in chosen else "FP32" if chosen & set(EMULATIONS) else None
+    if dtype is None:
+        return {}
+    told = f"{dtype} products of decoded operands, for scaled_grouped_inner_mm is not native"
+    return {"experts' weight gradients": told}
 
 
 def _kernels(choices: list[Choice]) -> Section:

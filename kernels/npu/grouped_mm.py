@@ -21,7 +21,7 @@ def why_unsupported(workload: Workload) -> str | None:
     return why_no_npu(workload)
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, ends_E: torch.Tensor, group_type: int) -> torch.Tensor:
+def product_of_groups(a: torch.Tensor, b: torch.Tensor, ends_E: torch.Tensor, group_type: int) -> torch.Tensor:
     """One tensor (`split_item` 3): ROWS: [N, D] x [E, D, F], INNER: [D, N] x [N, F] for each group."""
     # Ends of groups and not sizes: of sizes the operator wants two or more.
     options = {"group_list": ends_E, "group_list_type": 0, "group_type": group_type, "split_item": 3}
@@ -33,15 +33,15 @@ class _GroupedMm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, w_EFD, ends_E):
         ctx.save_for_backward(x_ND, w_EFD, ends_E)
-        return _product(x_ND, w_EFD.transpose(1, 2), ends_E, ROWS)
+        return product_of_groups(x_ND, w_EFD.transpose(1, 2), ends_E, ROWS)
 
     @staticmethod
     def backward(ctx, grad_NF):
         x_ND, w_EFD, ends_E = ctx.saved_tensors
         grad_NF = grad_NF.contiguous()
-        grad_x = _product(grad_NF, w_EFD, ends_E, ROWS) if ctx.needs_input_grad[0] else None
+        grad_x = product_of_groups(grad_NF, w_EFD, ends_E, ROWS) if ctx.needs_input_grad[0] else None
         # The operator reads a transposed view as such, without a copy.
-        grad_w = _product(grad_NF.t(), x_ND, ends_E, INNER) if ctx.needs_input_grad[1] else None
+        grad_w = product_of_groups(grad_NF.t(), x_ND, ends_E, INNER) if ctx.needs_input_grad[1] else None
         return grad_x, grad_w, None
 
 

@@ -4,18 +4,21 @@ numbers along the sum.
 A tile that is longer, or a block, is some of 32 that have the same scale: so the recipes with powers of two are all
 multiplied so, weight gradients included, where both operands have tiles of one row.
 
-Weight gradients of experts are not here: the operator reads both operands turned, with rows sorted by group in memory
-order, so that bytes in the format of `quantize_groups` would have to be copied first.
+Weight gradients of experts are products of BF16: the operator reads FP8 turned, with rows sorted by group in memory
+order, and scales in pairs that groups would share. A number of FP8 times a power of two is one of BF16, so that nothing
+is lost but time.
 
-M, N rows of the operands, K what is summed over, T = ⌈K / 64⌉ pairs of tiles; E groups, F output width.
+M, N rows of the operands, K what is summed over, T = ⌈K / 64⌉ pairs of tiles; E groups, F and D output widths.
 """
 
 import torch
 
+from octofold.kernels.fp8_bits import decode_scale
+from octofold.kernels.npu.grouped_mm import INNER, product_of_groups
 from octofold.kernels.npu.quantize import UNIT, why_unsupported
 from octofold.kernels.qtensor import QTensor
 
-__all__ = ["pairs_of_scales", "scaled_grouped_mm", "scaled_mm", "why_unsupported"]
+__all__ = ["pairs_of_scales", "scaled_grouped_inner_mm", "scaled_grouped_mm", "scaled_mm", "why_unsupported"]
 
 E8M0_CODE = 293
 """torch_npu's, which wants scales as uint8 with it."""
@@ -71,6 +74,37 @@ def scaled_grouped_mm(
         per_token_scale_dtype=E8M0_CODE,
     )[0]
     return product
+
+
+def scaled_grouped_inner_mm(
+    a_FT: QTensor,
+    b_DT: QTensor,
+    counts_E: torch.Tensor,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+    accumulation: str = "fp32",
+) -> torch.Tensor:
+    """As kernels/reference/scaled_mm.py, of operands decoded to BF16 (to FP32 where the result is wider than that).
+
+    The group sizes stay on the device.
+    """
+    assert accumulation == "fp32", accumulation
+    (f, t), d, unit = a_FT.shape, b_DT.shape[0], a_FT.format.tile[1]
+    if 0 in (f, t, d):
+        return torch.zeros(len(counts_E), f, d, dtype=out_dtype, device=a_FT.data.device)
+    dtype = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
+    # Each group has whole tiles (`quantize_groups`), filled up with zeros.
+    ends_E = ((counts_E + (unit - 1)) // unit).cumsum(0) * unit
+    a_TF, b_TD = (_decoded(x, dtype).t().contiguous() for x in (a_FT, b_DT))
+    # The operator reads a transposed view as such, without a copy.
+    return product_of_groups(a_TF.t(), b_TD, ends_E, INNER).to(out_dtype)
+
+
+def _decoded(x: QTensor, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix [R, C] of tiles of one row."""
+    wide = x.format.tile[1]
+    scale = decode_scale(x.scale).to(dtype).unsqueeze(-1)
+    return x.data.to(dtype).unflatten(-1, (-1, wide)).mul_(scale).flatten(-2)
 
 
 def pairs_of_scales(x: QTensor) -> torch.Tensor:
