@@ -52,7 +52,7 @@ def links_check(config: PreflightConfig, backend: BackendConfig) -> Callable[[Ba
         limit = f"launch.preflight.slow_factor={config.slow_factor:g}"
         rule = f"no node's links take more than {limit} times what is usual"
         if not slow:
-            shown = [f"{' - '.join(names[node] for node in each.nodes)} {_speed(each)}" for each in weak]
+            shown = [f"{' - '.join(names[node] for node in each.nodes)} {_speed(each).strip()}" for each in weak]
             told = ", ".join(shown[:MOST_TOLD])
             rule = f"links give what launch.preflight.least_gb_s={config.least_gb_s} asks of their class"
         if config.stop_on_slow:
