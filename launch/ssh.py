@@ -25,7 +25,7 @@ def run_all(commands: Mapping[str, Sequence[str]], stop_deadline_s: float, spare
     SIGTERM.
 
     Args:
-        commands: host -> ssh with its arguments.
+        commands: host -> ssh with its arguments, first that of the host where all meet.
         stop_deadline_s: that ranks take to save.
         spare: how many hosts the job can do without.
 
@@ -87,9 +87,9 @@ def _wait(
     closed_s: float | None = None
     while any(process.poll() is None for process in started.values()):
         statuses = [process.poll() for process in started.values()]
-        failed, done = sum(map(bool, statuses)), statuses.count(0)
-        # A host whose link is cut says nothing; the job has ended without it.
-        if closed_s is None and (stopped or failed > spare or done >= len(statuses) - spare > 0):
+        # At the first host all meet: when it is done so is the job, though a host whose link is cut says nothing.
+        done = spare > 0 and statuses[0] == 0
+        if closed_s is None and (stopped or sum(map(bool, statuses)) > spare or done):
             closed_s = time.monotonic()
             for process in started.values():
                 assert process.stdin is not None
@@ -107,7 +107,8 @@ def _status(statuses: Mapping[str, int], stopped: Sequence[int], spare: int) -> 
     if stopped and not any(statuses.values()):
         return 0 if stopped[0] != signal.SIGINT else 128 + stopped[0]
     worst = [status for status in statuses.values() if status]
-    if len(worst) <= spare:
+    if spare and not next(iter(statuses.values())):
+        # It leads, and has ended well: the job could do without those that did not.
         return 0
     # The user's mistake, which every agent ends with, counts before what it led to.
     return 2 if 2 in worst else 1 if worst else 0

@@ -169,10 +169,15 @@ def test_a_users_mistake_counts_before_what_it_led_to(capfd, tmp_path):
     mark = f"import pathlib, time; mark = pathlib.Path({str(tmp_path / 'mark')!r}); "
     first, then = "mark.touch(); raise SystemExit(2)", "[time.sleep(0.1) for _ in iter(mark.exists, True)]; "
     assert run_all({"a": local(mark + then + "raise SystemExit(1)"), "b": local(mark + first)}, 5.0) == 2
-    assert run_all({"a": local("raise SystemExit(1)"), "b": local("pass")}, 5.0, spare=1) == 0
     assert run_all({"a": local("pass"), "b": local("pass")}, 5.0) == 0
     assert run_all({"a": local("raise SystemExit(255)")}, 5.0) == 1
     assert "ssh did not reach a, or lost it" in capfd.readouterr().err
+
+
+def test_with_hosts_to_spare_the_first_one_decides():
+    fails, ends, lasts = (local(text) for text in ("raise SystemExit(1)", "pass", "import time; time.sleep(2)"))
+    assert run_all({"a": lasts, "b": fails, "c": ends}, 5.0, spare=2) == 0, "one is lost, one went early"
+    assert run_all({"a": fails, "b": fails, "c": ends}, 5.0, spare=2) == 1, "too few failed to have stopped the job"
 
 
 def test_a_spare_host_that_is_silent_is_not_waited_for(monkeypatch):
