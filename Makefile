@@ -22,7 +22,8 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints/base.txt
 QUICKSTART := runs/quickstart
 # Much of a test is one process, or waits: as many run at once as there are cores, up to 4. A file's tests stay together.
-AT_ONCE := -n logical --maxprocesses 4 --dist loadfile
+# A process that dies ends the run: xdist (3.8) may else wait for ever for tests that it hands to nobody.
+AT_ONCE := -n logical --maxprocesses 4 --dist loadfile --max-worker-restart=0
 # An install is repeated only when one of these changes.
 INSTALL_INPUTS := pyproject.toml $(CONSTRAINTS)
 # torch_npu has an environment of its own: where CANN is missing, merely installing it breaks `import torch`, unless
@@ -68,7 +69,7 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	@echo "octofold: running the slow proofs"
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not ascend and not launch" -rP
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0 -m "slow and not ascend and not launch" -rP
 
 test-matrix: $(VENV)/.dev
 	@echo "octofold: running the rest of the matrix of layouts and resumes, more seeds and killed runs (hours)"
@@ -76,7 +77,7 @@ test-matrix: $(VENV)/.dev
 
 test-ascend: $(ASCEND_VENV)/.dev
 	@echo "octofold: running the Ascend suite on a software NPU"
-	@$(ASCEND_PYTHON) -m pytest -n 2 --dist loadfile -m "ascend and not slow"
+	@$(ASCEND_PYTHON) -m pytest -n 2 --dist loadfile --max-worker-restart=0 -m "ascend and not slow"
 
 test-launch: $(VENV)/.dev
 	@echo "octofold: running jobs over several hosts (half an hour)"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+TOGETHER = "--dist loadfile --max-worker-restart=0"
 REAL_PYTHON = shlex.quote(sys.executable)
 REAL_PYTHON = shlex.quote(sys.executable)
 # A Python that says it is 3.9 and runs what it is given as such.
@@ -90,8 +91,8 @@ def test_help_is_the_default_and_shows_the_head_of_the_makefile(checkout):
                 "octofold report runs/quickstart",
             ],
         ),
-        ("test", ["python -m pytest -n logical --maxprocesses 4 --dist loadfile"]),
-        ("test-slow", ['python -m pytest -n 2 --dist loadfile -m "slow and not ascend and not launch" -rP']),
+        ("test", [f"python -m pytest -n logical --maxprocesses 4 {TOGETHER}"]),
+        ("test-slow", [f'python -m pytest -n 2 {TOGETHER} -m "slow and not ascend and not launch" -rP']),
         ("test-launch", ["python -m pytest -m launch"]),
         ("test-launch-short", ['python -m pytest -m "launch and not slow"']),
         ("test-matrix", ["python -m pytest -m matrix -rP"]),
@@ -125,7 +126,7 @@ def test_torch_npu_has_an_environment_of_its_own(checkout):
     assert all(line.startswith(f"{python} -m pip install") for line in (first, second))
     assert first.endswith("-c constraints/base.txt -e '.[dev]'")
     assert second.endswith("-c constraints/ascend.txt --no-deps torch-npu")
-    assert last == f'{python} -m pytest -n 2 --dist loadfile -m "ascend and not slow"'
+    assert last == f'{python} -m pytest -n 2 {TOGETHER} -m "ascend and not slow"'
     assert ".venv/" not in told.stdout
     assert ".venv-ascend" not in make(checkout, "-n", "test").stdout
 
@@ -143,10 +144,8 @@ def test_a_second_call_only_does_its_work(checkout):
     executable(checkout / ".venv/bin/octofold", '#!/bin/sh\necho "octofold $*"\n')
     first, second = make(checkout, "test"), make(checkout, "test")
     assert "pip install" in first.stdout
-    assert (
-        second.stdout
-        == "octofold: running the default test suite\npython -m pytest -n logical --maxprocesses 4 --dist loadfile\n"
-    )
+    suite = f"python -m pytest -n logical --maxprocesses 4 {TOGETHER}"
+    assert second.stdout == f"octofold: running the default test suite\n{suite}\n"
     # The test suite's environment is good enough to train in.
     assert make(checkout, "train").stdout.startswith("octofold train experiment=quickstart")
 
