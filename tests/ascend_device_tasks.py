@@ -98,26 +98,105 @@ QUEUED = 20
 
 
 def streams() -> dict[str, Any]:
-    """What CANN writes on a side stream, read before it has been waited for and after; times of events.
-
-    By CANN's own call, since torch's operators are computed in the call, whatever their stream.
-    """
+    """What a side stream computes, read before it has been waited for and after; times of events."""
     npu = torch.npu  # type: ignore[attr-defined]
     npu.set_device(0)
-    there, scratch = (torch.zeros(1 << 16, dtype=torch.uint8, device="npu") for _ in range(2))
+    there = torch.zeros(1 << 16, device="npu")
     npu.synchronize()
     side, start, event = npu.Stream(), npu.Event(enable_timing=True), npu.Event(enable_timing=True)
     with npu.stream(side):
         start.record()
-        for tensor in [*([scratch] * QUEUED), there]:
-            _acl().aclrtMemsetAsync(*_place(tensor), 1, c_size_t(tensor.nbytes), c_void_p(side.npu_stream))
+        for _ in range(QUEUED):
+            there += 1
         event.record()
+    complete_at_once = event.query()
     early = there.sum()
     npu.current_stream().wait_event(event)
     late = there.sum()
     npu.synchronize()
-    totals = {"early": early.item(), "late": late.item()}
+    totals = {"early": early.item(), "late": late.item(), "complete at once": complete_at_once}
     return {**totals, "complete": event.query(), "elapsed_ms": start.elapsed_time(event)}
+
+
+def recorded_twice() -> float:
+    """What a stream reads that waits for an event which another, quicker one has recorded since."""
+    npu = torch.npu  # type: ignore[attr-defined]
+    npu.set_device(0)
+    slow, quick, waiting = npu.Stream(), npu.Stream(), npu.Stream()
+    there, event = torch.zeros(4, device="npu"), npu.Event()
+    npu.synchronize()
+    with npu.stream(slow):
+        for _ in range(QUEUED):
+            there += 1
+        event.record()
+    with npu.stream(waiting):
+        event.wait()
+        seen = there.clone()
+    event.record(quick)
+    npu.synchronize()
+    return float(seen[0])
+
+
+def given_away() -> dict[str, float]:
+    """What a side stream reads from memory that its owner frees: with nothing said, and with `record_stream`."""
+    npu = torch.npu  # type: ignore[attr-defined]
+    npu.set_device(0)
+    side, seen = npu.Stream(), {}
+    for said in (False, True):
+        lent = torch.ones(1 << 20, device="npu")
+        npu.synchronize()
+        with npu.stream(side):
+            busy = torch.zeros(4, device="npu")
+            for _ in range(QUEUED):
+                busy += 1
+            copy = lent.clone()
+        if said:
+            lent.record_stream(side)
+        del lent
+        taken = torch.full((1 << 20,), 2.0, device="npu")
+        npu.synchronize()
+        seen["recorded" if said else "not recorded"] = float(copy.mean())
+        del taken, copy
+    return seen
+
+
+def copies() -> dict[str, list[float]]:
+    """Numbers on the host: of copies that do not wait, read at once and later, to and from page-locked memory; of ones
+    that do, whose memory on the host is changed after the call."""
+    npu = torch.npu  # type: ignore[attr-defined]
+    npu.set_device(0)
+    there, pinned = torch.zeros(4, device="npu"), torch.full((4,), 7.0).pin_memory()
+    npu.synchronize()
+    for _ in range(QUEUED):
+        there += 1
+    to_host = there.to("cpu", non_blocking=True)
+    seen = {"at once": [float(to_host.isnan().any() or to_host[0])]}
+    npu.synchronize()
+    seen["later"] = [float(to_host[0])]
+    for _ in range(QUEUED):
+        there += 1
+    from_locked = pinned.to("npu", non_blocking=True)
+    pinned.fill_(8.0)
+    pageable = torch.full((4,), 7.0)
+    from_pageable = pageable.to("npu", non_blocking=True)
+    pageable.fill_(8.0)
+    seen["changed"] = [float(from_locked[0]), float(from_pageable[0]), float(there.cpu()[0])]
+    return seen
+
+
+def late_error() -> list[str]:
+    """An index out of range: where it is said, and by whom."""
+    npu = torch.npu  # type: ignore[attr-defined]
+    npu.set_device(0)
+    told = []
+    rows, out_of_range = torch.ones(2, 4, device="npu"), torch.tensor([7], device="npu")
+    for what in (lambda: rows.index_select(0, out_of_range), npu.synchronize):
+        try:
+            what()
+            told.append("")
+        except (RuntimeError, IndexError) as error:
+            told.append(str(error))
+    return told
 
 
 def _acl() -> CDLL:

@@ -50,10 +50,37 @@ def test_training_equals_the_cpus_bit_for_bit(asynchronous):
 @pytest.mark.parametrize("asynchronous", ["0", "1"])
 def test_an_event_orders_two_streams(asynchronous):
     (found,) = values("ascend_device_tasks:streams", ASYNC=asynchronous, DELAY_US="50000")
-    assert found["late"] == 1 << 16
-    assert found["early"] == (0 if asynchronous == "1" else 1 << 16)
+    assert found["late"] == tasks.QUEUED << 16
     assert found["complete"]
     assert found["elapsed_ms"] >= 0
+    if asynchronous == "1":
+        assert found["early"] < tasks.QUEUED << 16
+        assert not found["complete at once"]
+    else:
+        assert found["early"] == tasks.QUEUED << 16
+        assert found["complete at once"]
+
+
+def test_who_waits_for_an_event_is_not_deceived_by_a_later_recording():
+    assert values("ascend_device_tasks:recorded_twice", ASYNC="1", DELAY_US="20000") == [tasks.QUEUED]
+
+
+def test_memory_that_is_freed_under_another_stream_is_overwritten_unless_that_was_said():
+    (found,) = values("ascend_device_tasks:given_away", ASYNC="1", DELAY_US="20000")
+    assert found == {"not recorded": 2.0, "recorded": 1.0}
+
+
+def test_copies_that_do_not_wait_see_what_is_there_in_their_turn():
+    (found,) = values("ascend_device_tasks:copies", ASYNC="1", DELAY_US="20000")
+    assert found.pop("at once") != [tasks.QUEUED]
+    assert found == {"later": [tasks.QUEUED], "changed": [8.0, 7.0, 2 * tasks.QUEUED]}
+
+
+@pytest.mark.parametrize("asynchronous", ["0", "1"])
+def test_an_operator_that_fails_is_named_where_the_host_waits(asynchronous):
+    ((in_the_call, where_it_waits),) = values("ascend_device_tasks:late_error", ASYNC=asynchronous)
+    assert ("out of range" in in_the_call) == (asynchronous == "0")
+    assert ("aten::index_select: index out of range" in where_it_waits) == (asynchronous == "1")
 
 
 def test_memory_is_freed_after_the_work_that_uses_it():

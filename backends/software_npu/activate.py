@@ -1,5 +1,6 @@
 """Puts the software NPU under torch_npu in a process: the environment it needs (settings.py), and its libraries."""
 
+import atexit
 import ctypes
 import os
 import sys
@@ -65,7 +66,8 @@ def activate() -> None:
         import torch_npu  # noqa: F401
 
     torch.ops.load_library(str(folder / OPERATORS))
-    torch.ops.octofold_software_npu.install()
-    from octofold.backends.software_npu.reference_ops.install import install
+    from octofold.backends.software_npu.reference_ops.install import KERNELS, install
 
     _libraries.append(install())
+    torch.ops.octofold_software_npu.install(list(KERNELS))
+    atexit.register(torch.ops.octofold_software_npu.end_python)

@@ -90,9 +90,12 @@ def _link(out: Path) -> None:
     libs = torch / "lib"
     _shared(out / ACL, acl, ["-lpthread"])
     _shared(out / HCCL, hccl, [f"-L{out}", "-lascendcl", "-lpthread"])
-    _shared(out / OPERATORS, operators, [f"-L{libs}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libs}"])
     _shared(out / GROUP_CALLS, [], ["-Wl,--no-as-needed", f"-L{out}", "-lhccl", "-lascendcl"])
     _fill(out, torch, torch_npu)
+    # torch_npu is loaded by then; what it links to in turn is in `out`.
+    folders = [f"-L{folder}" for folder in (libs, torch_npu / "lib", out)]
+    linked = ["-ltorch", "-ltorch_cpu", "-lc10", "-ltorch_npu", "-lascendcl", "-Wl,--allow-shlib-undefined"]
+    _shared(out / OPERATORS, operators, [*folders, *linked, f"-Wl,-rpath,{libs}"])
     for path in objects:
         path.unlink()
 

@@ -5,7 +5,7 @@
 | SOFTWARE_NPU_SOC | the chip's name, which decides what torch_npu believes of it (Ascend950PR_9599) |
 | SOFTWARE_NPU_DEVICES | devices (8) |
 | SOFTWARE_NPU_MEMORY_MB | memory of a device (its share of the machine's) |
-| SOFTWARE_NPU_ASYNC | 1: streams are worker threads, and collectives and copies run while the host goes on |
+| SOFTWARE_NPU_ASYNC | 1: streams are worker threads; operators, copies and collectives run while the host goes on |
 | SOFTWARE_NPU_DELAY_US | asynchronous: longest of the pauses of chance before a piece of work (0) |
 | SOFTWARE_NPU_SEED | of those pauses (0) |
 """

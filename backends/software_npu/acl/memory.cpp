@@ -38,6 +38,8 @@ struct Physical {
 
 std::mutex memory_mutex;
 std::map<uintptr_t, Block> blocks;
+// Page-locked memory of the host: bytes by address.
+std::map<uintptr_t, size_t> locked;
 std::map<int, size_t> used_bytes;
 
 int device_or_first() {
@@ -104,8 +106,13 @@ aclError aclrtPointerGetAttributes(const void *pointer, aclrtPtrAttributes *attr
     std::lock_guard<std::mutex> lock(memory_mutex);
     auto address = reinterpret_cast<uintptr_t>(pointer);
     auto after = blocks.upper_bound(address);
+    auto after_locked = locked.upper_bound(address);
     memset(attributes, 0, sizeof *attributes);
-    attributes->location.type = ACL_MEM_LOCATION_TYPE_HOST;
+    attributes->location.type = ACL_MEM_LOCATION_TYPE_UNREGISTERED;
+    if (after_locked != locked.begin()) {
+        auto block = std::prev(after_locked);
+        if (address < block->first + block->second) attributes->location.type = ACL_MEM_LOCATION_TYPE_HOST;
+    }
     if (after != blocks.begin()) {
         auto block = std::prev(after);
         attributes->location.id = block->second.device;
@@ -118,12 +125,17 @@ aclError aclrtPointerGetAttributes(const void *pointer, aclrtPtrAttributes *attr
 
 aclError aclrtMallocHost(void **pointer, size_t bytes) {
     *pointer = aligned_alloc(64, rounded(bytes ? bytes : 1, 64));
-    return *pointer ? ACL_SUCCESS : kOutOfMemory;
+    if (!*pointer) return kOutOfMemory;
+    std::lock_guard<std::mutex> lock(memory_mutex);
+    locked[reinterpret_cast<uintptr_t>(*pointer)] = bytes;
+    return ACL_SUCCESS;
 }
 aclError aclrtMallocHostWithCfg(void **pointer, uint64_t bytes, aclrtMallocConfig *) {
     return aclrtMallocHost(pointer, bytes);
 }
 aclError aclrtFreeHost(void *pointer) {
+    std::lock_guard<std::mutex> lock(memory_mutex);
+    locked.erase(reinterpret_cast<uintptr_t>(pointer));
     free(pointer);
     return ACL_SUCCESS;
 }

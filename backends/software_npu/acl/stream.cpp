@@ -81,38 +81,41 @@ bool Stream::is_idle() {
     return waiting_.empty() && !busy_;
 }
 
-uint64_t Event::record() {
+void Recording::complete() {
     std::lock_guard<std::mutex> lock(mutex_);
-    return ++recorded_;
-}
-
-void Event::complete(uint64_t recording) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (recording > done_) {
-        done_ = recording;
-        microseconds_ = now_us();
-    }
+    done_ = true;
+    microseconds_ = now_us();
     completed_.notify_all();
 }
 
-uint64_t Event::last_recording() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    return recorded_;
-}
-
-void Event::wait(uint64_t recording) {
+void Recording::wait() {
     std::unique_lock<std::mutex> lock(mutex_);
-    completed_.wait(lock, [&] { return done_ >= recording; });
+    completed_.wait(lock, [this] { return done_; });
 }
 
-bool Event::is_complete() {
+bool Recording::is_complete() {
     std::lock_guard<std::mutex> lock(mutex_);
-    return done_ >= recorded_;
+    return done_;
 }
 
-uint64_t Event::microseconds() {
+uint64_t Recording::microseconds() {
     std::lock_guard<std::mutex> lock(mutex_);
     return microseconds_;
+}
+
+std::shared_ptr<Recording> Event::record() {
+    auto recording = std::make_shared<Recording>();
+    std::lock_guard<std::mutex> lock(mutex_);
+    return last_ = recording;
+}
+
+std::shared_ptr<Recording> Event::last() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!last_) {
+        last_ = std::make_shared<Recording>();
+        last_->complete();
+    }
+    return last_;
 }
 
 void report_error(int error, const std::string &message) {

@@ -38,21 +38,32 @@ class Stream {
     std::thread worker_;
 };
 
-// Recorded any number of times; a waiter waits for the recordings made before it asked.
-class Event {
+// The moment at which a stream got as far as it was when an event was recorded.
+class Recording {
    public:
-    // The number of this recording, to be passed to `complete` by the stream.
-    uint64_t record();
-    void complete(uint64_t recording);
-    uint64_t last_recording();
-    void wait(uint64_t recording);
+    // By the stream.
+    void complete();
+    void wait();
     bool is_complete();
     uint64_t microseconds();
 
    private:
     std::mutex mutex_;
     std::condition_variable completed_;
-    uint64_t recorded_ = 0, done_ = 0, microseconds_ = 0;
+    bool done_ = false;
+    uint64_t microseconds_ = 0;
+};
+
+// Recorded any number of times, on any stream; a waiter waits for the recording that was the last when it asked.
+class Event {
+   public:
+    std::shared_ptr<Recording> record();
+    // One that is complete where nothing was recorded.
+    std::shared_ptr<Recording> last();
+
+   private:
+    std::mutex mutex_;
+    std::shared_ptr<Recording> last_;
 };
 
 // Errors of work that ran on a worker come to light where the host next waits, as on a device. `error` is 0 where the

@@ -15,14 +15,11 @@ using software_npu::Stream;
 
 namespace {
 
-using EventPointer = std::shared_ptr<software_npu::Event>;
-
 std::mutex streams_mutex;
 std::set<Stream *> streams;
 
 Stream *stream_of(aclrtStream stream) { return static_cast<Stream *>(stream); }
-// Work that outlives the handle shares the event.
-EventPointer &event_of(aclrtEvent event) { return *static_cast<EventPointer *>(event); }
+software_npu::Event *event_of(aclrtEvent event) { return static_cast<software_npu::Event *>(event); }
 
 // The null stream runs its work at once.
 void enqueue(aclrtStream stream, std::function<void()> work) {
@@ -109,34 +106,30 @@ aclError aclrtSetStreamAttribute(aclrtStream, aclrtStreamAttr, aclrtStreamAttrVa
 // --- events
 
 aclError aclrtCreateEventExWithFlag(aclrtEvent *event, uint32_t) {
-    *event = new EventPointer(std::make_shared<software_npu::Event>());
+    *event = new software_npu::Event;
     return ACL_SUCCESS;
 }
 aclError aclrtCreateEventWithFlag(aclrtEvent *event, uint32_t flag) { return aclrtCreateEventExWithFlag(event, flag); }
 aclError aclrtDestroyEvent(aclrtEvent event) {
-    delete static_cast<EventPointer *>(event);
+    // Work that outlives it shares the recording.
+    delete event_of(event);
     return ACL_SUCCESS;
 }
 aclError aclrtRecordEvent(aclrtEvent event, aclrtStream stream) {
-    EventPointer shared = event_of(event);
-    uint64_t recording = shared->record();
-    enqueue(stream, [shared, recording] { shared->complete(recording); });
+    enqueue(stream, [recording = event_of(event)->record()] { recording->complete(); });
     return ACL_SUCCESS;
 }
 aclError aclrtResetEvent(aclrtEvent, aclrtStream) { return ACL_SUCCESS; }
 aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event) {
-    EventPointer shared = event_of(event);
-    uint64_t recording = shared->last_recording();
-    enqueue(stream, [shared, recording] { shared->wait(recording); });
+    enqueue(stream, [recording = event_of(event)->last()] { recording->wait(); });
     return ACL_SUCCESS;
 }
 aclError aclrtSynchronizeEvent(aclrtEvent event) {
-    EventPointer shared = event_of(event);
-    shared->wait(shared->last_recording());
+    event_of(event)->last()->wait();
     return software_npu::take_error();
 }
 aclError aclrtQueryEventStatus(aclrtEvent event, aclrtEventRecordedStatus *status) {
-    bool complete = event_of(event)->is_complete();
+    bool complete = event_of(event)->last()->is_complete();
     *status = complete ? ACL_EVENT_RECORDED_STATUS_COMPLETE : ACL_EVENT_RECORDED_STATUS_NOT_READY;
     return ACL_SUCCESS;
 }
@@ -146,11 +139,11 @@ aclError aclrtQueryEventWaitStatus(aclrtEvent, aclrtEventWaitStatus *status) {
 }
 aclError aclrtEventElapsedTime(float *milliseconds, aclrtEvent start, aclrtEvent end) {
     aclError error = aclrtSynchronizeEvent(end);
-    *milliseconds = (event_of(end)->microseconds() - event_of(start)->microseconds()) / 1000.0f;
+    *milliseconds = (event_of(end)->last()->microseconds() - event_of(start)->last()->microseconds()) / 1000.0f;
     return error;
 }
 aclError aclrtEventGetTimestamp(aclrtEvent event, uint64_t *microseconds) {
-    *microseconds = event_of(event)->microseconds();
+    *microseconds = event_of(event)->last()->microseconds();
     return ACL_SUCCESS;
 }
 

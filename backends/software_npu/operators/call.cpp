@@ -1,11 +1,13 @@
-// An operator on NPU tensors, computed by its CPU kernel on the same memory: arguments are viewed as CPU tensors, results
-// that are views of arguments are views again, and others are copied into fresh NPU memory.
+// An operator on NPU tensors, computed in the call by its CPU kernel on the same memory: arguments are viewed as CPU
+// tensors, results that are views of arguments are views again, and others are copied into fresh NPU memory.
 #include "call.h"
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/List.h>
 
+#include "../acl/settings.h"
+#include "later.h"
 #include "tensors.h"
 
 namespace software_npu {
@@ -36,10 +38,7 @@ class CpuCall {
                 standard.set_current_seed(generator.current_seed());
             }
         }
-        {
-            at::AutoDispatchBelowADInplaceOrView below_autograd;
-            op_.callBoxed(stack);
-        }
+        compute_on_cpu(op_, &stack);
         if (state_before) {
             auto standard = at::detail::getDefaultCPUGenerator();
             standard.set_state(*state_before);
@@ -138,7 +137,17 @@ class CpuCall {
 
 }  // namespace
 
+bool is_python(const c10::OperatorHandle &op) { return op.operator_name().name.rfind("npu::", 0) == 0; }
+
+void compute_on_cpu(const c10::OperatorHandle &op, Stack *stack) {
+    // A kernel in Python may have autograd find a gradient.
+    std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
+    if (!is_python(op)) below_autograd.emplace();
+    op.callBoxed(stack);
+}
+
 void call_on_cpu(const c10::OperatorHandle &op, c10::DispatchKeySet, Stack *stack) {
+    if (is_async() && call_later(op, stack)) return;
     const size_t arguments = op.schema().arguments().size(), returns = op.schema().returns().size();
     CpuCall call(op, torch::jit::last(*stack, arguments).vec());
     Stack results = call.run();

@@ -4,6 +4,7 @@
 #include <ATen/ops/_local_scalar_dense.h>
 #include <ATen/ops/_to_copy.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
 
 #include <memory>
@@ -11,12 +12,15 @@
 #include <string>
 #include <vector>
 
+#include "../acl/settings.h"
 #include "call.h"
+#include "later.h"
 #include "tensors.h"
 
 namespace {
 
-using software_npu::copied_to_npu;
+using software_npu::copy_later;
+using software_npu::is_npu;
 using software_npu::on_cpu;
 constexpr auto kNpu = c10::DispatchKey::PrivateUse1;
 constexpr auto kNpuAutograd = c10::DispatchKey::AutogradPrivateUse1;
@@ -31,31 +35,47 @@ const std::set<std::string> kKept = {
 const std::set<std::string> kOwn = {
     "_copy_from", "_copy_from_and_resize", "_local_scalar_dense", "_to_copy", "copy_"};
 
-at::Tensor &copy_(at::Tensor &to, const at::Tensor &from, bool) {
-    on_cpu(to).copy_(on_cpu(from));
+// Whether a stream may copy while the host goes on: torch_npu waits where memory of the host is not page-locked.
+bool is_for_later(const at::Tensor &to, const at::Tensor &from, bool non_blocking) {
+    if (!software_npu::is_async()) return false;
+    if (is_npu(to) && is_npu(from)) return true;
+    return non_blocking && (is_npu(to) ? from : to).is_pinned();
+}
+
+at::Tensor &copy_(at::Tensor &to, const at::Tensor &from, bool non_blocking) {
+    if (is_for_later(to, from, non_blocking)) {
+        copy_later(to, from);
+    } else {
+        on_cpu(to).copy_(on_cpu(from));
+    }
     return to;
 }
-at::Tensor copy_from(const at::Tensor &from, const at::Tensor &to, bool) {
-    on_cpu(to).copy_(on_cpu(from));
-    return to;
+at::Tensor copy_from(const at::Tensor &from, const at::Tensor &to, bool non_blocking) {
+    at::Tensor there = to;
+    return copy_(there, from, non_blocking);
 }
 at::Tensor copy_from_and_resize(const at::Tensor &from, const at::Tensor &to) {
     to.resize_(from.sizes());
-    on_cpu(to).copy_(on_cpu(from));
-    return to;
+    return copy_from(from, to, false);
 }
 at::Scalar local_scalar(const at::Tensor &tensor) { return at::_local_scalar_dense(on_cpu(tensor)); }
 
 at::Tensor to_copy(const at::Tensor &tensor, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
-                   std::optional<at::Device> device, std::optional<bool>, bool,
+                   std::optional<at::Device> device, std::optional<bool> pinned, bool non_blocking,
                    std::optional<at::MemoryFormat> format) {
     auto target = device.value_or(tensor.device());
     // "npu" without a number is the current device, which torch_npu knows.
     if (target.is_privateuseone() && !target.has_index()) {
         target = at::empty({0}, at::TensorOptions().device(target)).device();
     }
-    auto copy = at::_to_copy(on_cpu(tensor), dtype, std::nullopt, at::Device(at::kCPU), std::nullopt, false, format);
-    return target.is_privateuseone() ? copied_to_npu(copy, target) : copy;
+    // Shape and strides of the copy are those of its meta twin. PyTorch takes page-locked memory where it does not wait.
+    auto of_meta = tensor.options().device(at::kMeta).pinned_memory(false);
+    auto meta = at::empty_strided(tensor.sizes(), tensor.strides(), of_meta);
+    auto twin = at::_to_copy(meta, dtype, std::nullopt, at::Device(at::kMeta), std::nullopt, false, format);
+    bool locked = target.is_cpu() && is_npu(tensor) && (non_blocking || pinned.value_or(false));
+    auto options = twin.options().device(target).pinned_memory(locked);
+    auto copy = at::empty_strided(twin.sizes(), twin.strides(), options);
+    return copy_(copy, tensor, non_blocking);
 }
 
 // torch_npu calls its own library from some operators that are made of others: let those others be called.
@@ -110,17 +130,21 @@ bool is_decomposed(const Named &named) {
 // They stay registered as long as these live.
 std::vector<std::unique_ptr<torch::Library>> libraries;
 
-torch::Library &library_for(c10::DispatchKey key) {
+torch::Library &library_for(const char *space, c10::DispatchKey key) {
     auto kind = torch::Library::IMPL;
-    libraries.push_back(std::make_unique<torch::Library>(kind, "aten", std::make_optional(key), __FILE__, __LINE__));
+    libraries.push_back(std::make_unique<torch::Library>(kind, space, std::make_optional(key), __FILE__, __LINE__));
     return *libraries.back();
 }
 
-// Returns the number of operators.
-int64_t install() {
-    int64_t count = 0;
+// `npu`: torch_npu's own operators that have a CPU kernel. Returns the number of operators.
+int64_t install(const std::vector<std::string> &npu) {
+    auto &own = library_for("npu", kNpu);
+    for (const auto &name : npu) {
+        own.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&software_npu::call_on_cpu>());
+    }
+    int64_t count = npu.size();
     auto operators = aten_operators();
-    auto &kernels = library_for(kNpu);
+    auto &kernels = library_for("aten", kNpu);
     for (const auto &named : operators) {
         if (!is_replaced(named)) continue;
         kernels.impl(named.name.c_str(), torch::CppFunction::makeFromBoxedFunction<&software_npu::call_on_cpu>());
@@ -131,7 +155,7 @@ int64_t install() {
     kernels.impl("_copy_from_and_resize", TORCH_FN(copy_from_and_resize));
     kernels.impl("_local_scalar_dense", TORCH_FN(local_scalar));
     kernels.impl("_to_copy", TORCH_FN(to_copy));
-    auto &autograd = library_for(kNpuAutograd);
+    auto &autograd = library_for("aten", kNpuAutograd);
     for (const auto &named : operators) {
         if (!is_decomposed(named)) continue;
         autograd.impl(named.name.c_str(), torch::CppFunction::makeFromBoxedFunction<&decompose>());
@@ -140,11 +164,9 @@ int64_t install() {
     return count + kOwn.size();
 }
 
-at::Tensor cpu_view(const at::Tensor &tensor) { return on_cpu(tensor); }
-
 }  // namespace
 
 TORCH_LIBRARY(octofold_software_npu, library) {
-    library.def("install() -> int", install);
-    library.def("cpu_view(Tensor tensor) -> Tensor", cpu_view);
+    library.def("end_python() -> ()", software_npu::end_python);
+    library.def("install(str[] npu) -> int", install);
 }

@@ -49,9 +49,10 @@ at::Tensor copied_to_npu(const at::Tensor &values, c10::Device device) {
     auto dense = values.is_non_overlapping_and_dense() ? values : values.contiguous();
     auto options = dense.options().device(device).pinned_memory(false);
     auto result = at::empty_strided(dense.sizes(), dense.strides(), options);
+    if (!dense.numel()) return result;
     // The memory may have belonged to a tensor that a kernel on the stream still reads.
     wait_for_stream();
-    if (dense.numel()) memcpy(result.mutable_data_ptr(), dense.const_data_ptr(), dense.nbytes());
+    memcpy(result.mutable_data_ptr(), dense.const_data_ptr(), dense.nbytes());
     return result;
 }
 

@@ -113,7 +113,7 @@ def fusion_attention_grad(
             found, spans, gradients(lambda q, k, v: _document(q, k, v, scale_value), parts, dy_THv[rows]), strict=True
         ):
             into[span] = gradient
-    return *found, query_THd.new_empty(0), query_THd.new_empty(0)
+    return *found, query_THd.new_empty(0), torch.empty(0)
 
 
 KERNELS: Kernels = {"npu_fusion_attention": fusion_attention, "npu_fusion_attention_grad": fusion_attention_grad}

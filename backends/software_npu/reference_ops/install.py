@@ -9,8 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from octofold.backends.software_npu.reference_ops import attention, elementwise, gating, matmul, quantized, routing
 from octofold.backends.software_npu.reference_ops.support import Kernels
@@ -26,28 +24,21 @@ KERNELS: Kernels = {
 
 
 def install() -> torch.library.Library:
-    """Register them; they stay as long as what is returned lives."""
+    """Register them for CPU tensors; they stay as long as what is returned lives.
+
+    Put under tensors of the software NPU with those of PyTorch's operators (operators/install.cpp).
+    """
     library = torch.library.Library("npu", "IMPL")
     for name, kernel in KERNELS.items():
-        library.impl(name, _on_npu(kernel), "PrivateUse1", allow_override=True)
+        library.impl(name, _without_gradients(kernel), "CPU")
     return library
 
 
-def _on_npu(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel on NPU tensors: it sees their memory as CPU tensors, and its results are copied."""
+def _without_gradients(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """They stand below autograd, whatever called them."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        devices = []
-
-        def seen(value: Any) -> Any:
-            if not (isinstance(value, Tensor) and value.device.type == "npu"):
-                return value
-            devices.append(value.device)
-            return torch.ops.octofold_software_npu.cpu_view(value)
-
-        given, named = tree_map(seen, (args, kwargs))
         with torch.no_grad():
-            results = kernel(*given, **named)
-        return tree_map(lambda value: value.to(devices[0]) if isinstance(value, Tensor) else value, results)
+            return kernel(*args, **kwargs)
 
     return call
