@@ -9,7 +9,10 @@ PyTorchJob (training-operator 1.9.3, pkg/controller.v1/pytorch)
     PET_NPROC_PER_NODE=auto. All come after the template's variables, so they win. Workers first run
     `nslookup NAME-master-0` in an init container.
     The job succeeds when the master's pod does: a pod that was stopped before the run's end must not end with 0.
-    backoffLimit counts restarts of containers, summed over running pods.
+    backoffLimit counts restarts of containers, summed over running pods (pkg/core/job.go). So the policy is OnFailure:
+    under ExitCode, which would tell a user's mistake (1 to 127: the job fails) from what may be tried again (128 to
+    255), the operator deletes the pod and makes another, whose count begins at 0, and its own count of retries is that
+    of a queue which always says 0: what always fails is tried for ever (kubeflow/trainer issue 2045, closed as meant).
 
 Volcano's Job (1.15.1, pkg/controllers/job)
     Pods are NAME-TASK-INDEX, found as NAME-TASK-INDEX.NAME through the plugin svc, which also gives VC_TASK_HOSTS and
@@ -39,7 +42,8 @@ USERS_MISTAKE = 2
 def pytorch_job(job: JobConfig, name: str, pod: dict[str, Any]) -> dict[str, Any]:
     """Kubeflow's job: a master, and launch.nodes - 1 workers alike."""
     config = job.launch.kubernetes
-    # In place, so that a node that lives keeps its pod; evicted pods are made anew under this policy, too.
+    # In place, so that a node that lives keeps its pod, and failures are counted (above); evicted pods are made anew
+    # under this policy, too.
     replica = {"restartPolicy": "OnFailure", "template": pod}
     replicas = {"Master": {"replicas": 1, **replica}}
     if job.launch.nodes > 1:

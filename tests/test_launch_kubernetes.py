@@ -95,6 +95,14 @@ def test_the_schemas_here_refuse_a_misspelt_field_which_a_server_would_drop(kind
         require_valid(document)
 
 
+def test_the_operator_counts_how_often_pods_are_started_again():
+    """It does so where containers are started again in their pods; under ExitCode nothing would end the attempts."""
+    (document,) = documents("launch.nodes=3", "launch.kubernetes.max_restarts=5", "train.global_batch_size=6")
+    spec = document["spec"]
+    assert [replica["restartPolicy"] for replica in spec["pytorchReplicaSpecs"].values()] == ["OnFailure"] * 2
+    assert spec["runPolicy"]["backoffLimit"] == 15
+
+
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not here")
 @pytest.mark.parametrize("texts", CASES.values(), ids=CASES)
 def test_kubectl_reads_what_was_meant(texts):
