@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from octofold.backends.errors import ConfigError
 from octofold.launch.kubernetes_config import KubernetesConfig, check_kubernetes
+from octofold.launch.ports import split_ports
 from octofold.launch.preflight_config import PreflightConfig, check_preflight
 from octofold.launch.rendezvous_config import RendezvousConfig, check_rendezvous
 from octofold.launch.slurm_config import SlurmConfig, check_slurm
@@ -47,6 +48,9 @@ class LaunchConfig:
     """Variables of the ranks, over what is set around them: launch.environment={NCCL_DEBUG:INFO}."""
     hosts: list[str] = field(default_factory=list)
     """Names or addresses of the nodes, the first one first."""
+    ports: str | None = None
+    """FIRST-LAST: where agents and ranks' store listen for other nodes, and HCCL on Ascend (docs/launching.md). null:
+    where launch.rendezvous.endpoint says, and where the system chooses."""
     rendezvous: RendezvousConfig = field(default_factory=RendezvousConfig)
     ssh: SshConfig = field(default_factory=SshConfig)
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
@@ -84,6 +88,8 @@ def check(launch: LaunchConfig) -> None:
     _check_environment(launch.environment)
     _check_hosts(launch)
     check_rendezvous(launch.rendezvous, launch.nodes)
+    if launch.ports is not None:
+        split_ports(launch.ports)
     _check_min_nodes(launch)
     check_ssh(launch.ssh, launch.hosts)
     check_preflight(launch.preflight)

@@ -6,28 +6,45 @@ from pathlib import Path
 
 from octofold.backends import hccl
 from octofold.launch.config import JobConfig
+from octofold.launch.ports import hccl_port, split_ports
 from octofold.launch.submission import Setting
 
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
 ASCEND_DEVICE = Path("/dev/davinci_manager")
 
+HOST_RANGE = "HCCL_HOST_SOCKET_PORT_RANGE"
+"""Counts before HCCL_IF_BASE_PORT, where a user has set it (CANN 9.0, HCCL's variables, hcclenvref_07_0020). It and
+HCCL_NPU_SOCKET_PORT_RANGE are for several processes on one NPU, which Octofold never has, and A2 refuses them beside
+fused operators (MC2): neither is set here."""
+
 _REACHES = "the interface by which this node reaches the first"
 
 
-def settings(backend: str, interface: str | None, environ: Mapping[str, str]) -> tuple[Setting, ...]:
+def settings(
+    backend: str, interface: str | None, environ: Mapping[str, str], ports: str | None = None
+) -> tuple[Setting, ...]:
     """What is set on a node of several. What concerns one machine, or HCCL's groups, the backend sets itself.
 
     Args:
         backend: `backend.name`; auto is told by the devices here.
         interface: that leads to the first node; None where it cannot be told.
         environ: what stands here is left alone.
+        ports: `launch.ports`.
     """
-    if backend == "auto":
-        found = {"ascend": ASCEND_DEVICE, "cuda": NVIDIA_DEVICE}
-        backend = next((name for name, device in found.items() if device.exists()), "cpu")
+    backend = backend_here(backend)
     wanted = [*_of_gloo(interface)]
     wanted += _of_nccl(interface) if backend == "cuda" else _of_hccl(interface) if backend == "ascend" else []
+    if ports and backend == "ascend" and HOST_RANGE not in environ:
+        wanted.append(_base_port(ports))
     return tuple(setting for setting in wanted if setting.name not in environ)
+
+
+def backend_here(name: str) -> str:
+    """`backend.name`, where auto is told by the devices of this machine."""
+    if name != "auto":
+        return name
+    found = {"ascend": ASCEND_DEVICE, "cuda": NVIDIA_DEVICE}
+    return next((backend for backend, device in found.items() if device.exists()), "cpu")
 
 
 def foreseen(config: JobConfig) -> tuple[Setting, ...]:
@@ -36,7 +53,7 @@ def foreseen(config: JobConfig) -> tuple[Setting, ...]:
     # Pods have an environment of their own; Slurm and a local agent hand this one on.
     given = ({} if launch.name == "kubernetes" else dict(os.environ)) | launch.environment
     backend = config.backend.name
-    found = [*settings(backend, "INTERFACE" if launch.nodes > 1 else None, given)]
+    found = [*settings(backend, "INTERFACE" if launch.nodes > 1 else None, given, launch.ports)]
     if backend == "ascend":
         told = hccl.variables(config.backend, given, deterministic=config.train.deterministic)
         found += [Setting(name, value, "as the backend's keys say (docs/ascend.md)") for name, value in told.items()]
@@ -62,3 +79,9 @@ def _of_hccl(interface: str | None) -> list[Setting]:
     white = Setting("HCCL_WHITELIST_DISABLE", "1", "HCCL otherwise admits only hosts of a list that nobody wrote")
     why = f"{_REACHES}; HCCL's ranks meet there (data goes over the devices' own links)"
     return [white, Setting("HCCL_SOCKET_IFNAME", f"={interface}", why)] if interface else [white]
+
+
+def _base_port(ports: str) -> Setting:
+    first = hccl_port(ports)
+    why = f"HCCL's processes meet at {first} to {split_ports(ports)[-1]}, the last of launch.ports; else from 60000 on"
+    return Setting("HCCL_IF_BASE_PORT", str(first), why)

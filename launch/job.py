@@ -10,6 +10,7 @@ from octofold.launch.compose import apply, compose, parse
 from octofold.launch.config import JobConfig, LaunchConfig
 from octofold.launch.config import check as check_launch
 from octofold.launch.members import fitted
+from octofold.launch.place import listening_ports
 from octofold.launch.run_folder import CONFIG_NAME, latest_run, read_config, saved_checkpoints, with_saved_values
 from octofold.train.checkpoint.folders import Folder
 from octofold.train.checkpoint.validity import candidates
@@ -80,6 +81,7 @@ def settle(
     config = _absolute(drafted or draft(texts, config_dirs))
     config = config if model is None else replace(config, model=model)
     check_launch(config.launch)
+    listening_ports(config.launch, config.backend.name)
     check_names(config.resume_allow)
     if world_size is None:
         checked = fitted(config, config.launch.nodes)

@@ -22,7 +22,7 @@ from octofold.launch.addresses import interface_of
 from octofold.launch.compose import parse
 from octofold.launch.config import JobConfig, LaunchConfig
 from octofold.launch.config import check as check_launch
-from octofold.launch.environment import settings
+from octofold.launch.environment import backend_here, settings
 from octofold.launch.failures import USERS_MISTAKE
 from octofold.launch.job import Job, settle
 from octofold.launch.local import Ended, ended_with, note_end, rank_environment
@@ -35,7 +35,7 @@ from octofold.launch.members import (
     standing_by,
 )
 from octofold.launch.node_agent import NodeAgent
-from octofold.launch.place import Place, find_place
+from octofold.launch.place import Place, find_place, listening_ports
 from octofold.launch.preflight import complaints
 from octofold.launch.rank_table import wait_until_filled
 from octofold.launch.rendezvous import Meeting, connect, run_id_of
@@ -63,7 +63,8 @@ def run_node(drafted: JobConfig, texts: Sequence[str], config_dirs: Sequence[str
     """
     launch = drafted.launch
     check_launch(launch)
-    place = find_place(launch, os.environ)
+    ports = listening_ports(launch, backend_here(drafted.backend.name))
+    place = find_place(launch, os.environ, ports)
     if launch.nodes > 1 and any(o.key_or_group == "resume" and o.value() == "latest" for o in parse(texts)):
         rule = "every node must find the same run, and each would look for itself"
         raise ConfigError("resume", "latest", rule, f"resume={drafted.run_dir}, or octofold launch, which looks once")
@@ -72,8 +73,9 @@ def run_node(drafted: JobConfig, texts: Sequence[str], config_dirs: Sequence[str
     wait_until_filled(environ, launch.rendezvous.timeout_s)
     node = _Node(drafted, texts, config_dirs, place)
     store = connect(place, launch)
-    meeting = Meeting(place, launch, store, run_id_of(place, node.run_dir))
-    own = settings(drafted.backend.name, interface_of(meeting.address) if launch.nodes > 1 else None, os.environ)
+    meeting = Meeting(place, launch, store, run_id_of(place, node.run_dir), ports if launch.nodes > 1 else None)
+    interface = interface_of(meeting.address) if launch.nodes > 1 else None
+    own = settings(drafted.backend.name, interface, environ, launch.ports)
     os.environ.update({setting.name: setting.value for setting in own} | launch.environment)
     for setting in own:
         print(f"octofold: {setting.name}={setting.value}  ({setting.why})", file=sys.stderr, flush=True)
@@ -234,6 +236,7 @@ def config_hash(drafted: JobConfig) -> str:
         nodes=drafted.launch.nodes,
         min_nodes=drafted.launch.min_nodes,
         nproc_per_node=drafted.launch.nproc_per_node,
+        ports=drafted.launch.ports,
         rendezvous=rendezvous,
     )
     return hashlib.sha256(to_yaml(replace(drafted, launch=launch)).encode()).hexdigest()[:16]

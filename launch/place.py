@@ -8,6 +8,7 @@ from octofold.backends.errors import ConfigError, UserError
 from octofold.launch.addresses import is_local, resolve
 from octofold.launch.config import LaunchConfig
 from octofold.launch.local import first_host
+from octofold.launch.ports import meeting_port, own_ports
 from octofold.launch.rendezvous_config import DEFAULT_PORT, split_endpoint
 from octofold.launch.slurm_allocation import check_allocation
 
@@ -30,16 +31,21 @@ class Place:
     """Who told the endpoint."""
 
 
-def find_place(launch: LaunchConfig, environ: Mapping[str, str]) -> Place:
+def find_place(launch: LaunchConfig, environ: Mapping[str, str], ports: range | None = None) -> Place:
     """From `launch.rendezvous`, else what Kubernetes operators set, else Slurm, else `launch.hosts`.
+
+    Args:
+        ports: those of `launch.ports` for the meeting, where nobody tells one.
 
     Raises:
         UserError: nobody tells where to meet, or the scheduler has started another number of nodes.
     """
     config = launch.rendezvous
-    told = _of_operator(environ) or _of_slurm(environ, launch.nproc_per_node) or _of_hosts(launch) or _alone(launch)
+    usual = meeting_port(ports) if ports else DEFAULT_PORT
+    told = _of_operator(environ) or _of_slurm(environ, launch.nproc_per_node, ports) or _of_hosts(launch, usual)
+    told = told or _alone(launch)
     if config.endpoint is not None:
-        host, port = split_endpoint(config.endpoint)
+        host, port = split_endpoint(config.endpoint, usual)
         known = told.place if told else None
         rank, job = (known.node_rank, known.id) if known else (None, None)
         place = Place(rank, host, port, job, "launch.rendezvous.endpoint")
@@ -56,6 +62,25 @@ def find_place(launch: LaunchConfig, environ: Mapping[str, str]) -> Place:
         rule = "with launch.rendezvous.backend=static every node knows its number"
         raise ConfigError("launch.rendezvous.node_rank", "null", rule, "0 on the first node, 1 on the second …")
     return Place(node_rank, place.host, place.port, config.id or place.id, place.told_by)
+
+
+def listening_ports(launch: LaunchConfig, backend: str) -> range | None:
+    """Those of `launch.ports` at which Octofold itself listens; None: there are none.
+
+    Args:
+        backend: `backend.name`.
+
+    Raises:
+        ConfigError: they are too few, or pods are to meet elsewhere.
+    """
+    if launch.ports is None:
+        return None
+    ports, port = own_ports(launch.ports, backend), launch.kubernetes.port
+    if launch.name == "kubernetes" and port not in ports:
+        shown = f"{launch.ports} launch.kubernetes.port={port}"
+        rule = f"pods meet at one of them, {ports[0]} to {ports[-1]}"
+        raise ConfigError("launch.ports", shown, rule, f"launch.kubernetes.port={ports[0]}")
+    return ports
 
 
 def hosts_store(place: Place) -> bool:
@@ -103,7 +128,7 @@ def _of_operator(environ: Mapping[str, str]) -> _Told | None:
     return _Told(place, int(nodes) if nodes.isdigit() else None)
 
 
-def _of_slurm(environ: Mapping[str, str], nproc_per_node: int) -> _Told | None:
+def _of_slurm(environ: Mapping[str, str], nproc_per_node: int, ports: range | None) -> _Told | None:
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
     if "SLURM_NODEID" not in environ or not nodes:
         return None
@@ -112,18 +137,21 @@ def _of_slurm(environ: Mapping[str, str], nproc_per_node: int) -> _Told | None:
     job = environ.get("SLURM_JOB_ID", "0")
     # A job that was requeued keeps its id; what an attempt before it left must not be met.
     name = f"{job}.{environ.get('SLURM_RESTART_COUNT', '0')}"
-    port = SLURM_PORTS + int(job) % 10000 if job.isdigit() else DEFAULT_PORT
+    number = int(job) if job.isdigit() else None
+    port = DEFAULT_PORT if number is None else SLURM_PORTS + number % 10000
+    if ports:
+        port = meeting_port(ports, number or 0)
     place = Place(_number(environ, "SLURM_NODEID"), first_host(nodes), port, name, "Slurm")
     return _Told(place, int(count))
 
 
-def _of_hosts(launch: LaunchConfig) -> _Told | None:
+def _of_hosts(launch: LaunchConfig, port: int) -> _Told | None:
     if not launch.hosts:
         return None
     node_rank = launch.rendezvous.node_rank
     if node_rank is None:
         node_rank = next((number for number, host in enumerate(launch.hosts) if _is_here(host)), None)
-    place = Place(node_rank, launch.hosts[0], DEFAULT_PORT, None, "launch.hosts")
+    place = Place(node_rank, launch.hosts[0], port, None, "launch.hosts")
     return _Told(place, len(launch.hosts))
 
 

@@ -2,12 +2,15 @@
 
 import errno
 import json
+import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
-from torch.distributed import Store, TCPStore
+from torch.distributed import DistNetworkError, Store, TCPStore
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -50,7 +53,7 @@ def connect(place: Place, launch: LaunchConfig) -> TCPStore:
         _wait_for_listener(place, timeout_s)
     elif place.port and (error := _why_taken(place.port)):
         rule = f"the first node listens there: {error}"
-        remedy = f"a free port: launch.rendezvous.endpoint={place.host}:PORT, the same on every node"
+        remedy = f"a free port: launch.rendezvous.endpoint={place.host}:PORT, or launch.ports, alike on every node"
         raise ConfigError(place.told_by, f"{place.host}:{place.port}", rule, remedy)
     # The host itself need not reach itself by the name that others use.
     host = "localhost" if listens else place.host
@@ -105,15 +108,26 @@ class Meeting(RendezvousHandler):
     hour. A node that comes anew is let in once the one that it replaces is lost, or has failed.
     """
 
-    def __init__(self, place: Place, launch: LaunchConfig, store: TCPStore, run_id: str) -> None:
+    def __init__(
+        self, place: Place, launch: LaunchConfig, store: TCPStore, run_id: str, ports: range | None = None
+    ) -> None:
+        """
+        Args:
+            ports: for the ranks' store; None: the system's choice.
+
+        Raises:
+            ConfigError: all of them are taken.
+        """
         self._place, self._launch = place, launch
         self.hosts_store = hosts_store(place)
         """Whether the store lives in this process."""
         self.address = "localhost" if launch.nodes == 1 else address_towards(place.host, place.port)
         """By which the others reach this node."""
         self.store: Store = store
-        self._ranks_store: TCPStore | None = None
         self._inner = self._made(store, run_id)
+        # With the static rendezvous ranks meet in the job's own store.
+        listens = self.hosts_store and launch.rendezvous.backend != "static"
+        self._ranks_store = _listening(self.address, ports) if listens else None
 
     def _made(self, store: TCPStore, run_id: str) -> RendezvousHandler:
         launch, place = self._launch, self._place
@@ -137,20 +151,13 @@ class Meeting(RendezvousHandler):
         """Torch's, with the node where all meet as number 0, which leads, and the ranks' store there.
 
         Torch numbers nodes by their addresses, as texts: one that comes later might get before those that have begun.
-        It keeps the ranks' store on its own number 0, so that the job would hang on two nodes.
+        It would keep the ranks' store on its own number 0, so that the job would hang on two nodes.
         """
-        info = self._inner.next_rendezvous()
+        with _without_torchs_store():
+            info = self._inner.next_rendezvous()
         if self._launch.rendezvous.backend == "static":
             return info
-        theirs, keys = info.bootstrap_store_info, RendezvousStoreInfo
-        assert theirs is not None
-        if info.rank == 0:
-            # Torch 2.13 tells it in the first round only, and a node that comes later waits for it in vain.
-            info.store.set(keys.MASTER_ADDR_KEY, theirs.master_addr)
-            info.store.set(keys.MASTER_PORT_KEY, str(theirs.master_port))
-        if self.hosts_store:
-            if self._ranks_store is None:
-                self._ranks_store = TCPStore(self.address, 0, is_master=True, wait_for_workers=False)
+        if self._ranks_store is not None:
             info.store.set(_LEADER, json.dumps([info.rank, self.address, self._ranks_store.port]))
         leader, address, port = json.loads(info.store.get(_LEADER))
         number = 0 if info.rank == leader else info.rank + (info.rank < leader)
@@ -161,7 +168,8 @@ class Meeting(RendezvousHandler):
 
     @property
     def use_agent_store(self) -> bool:
-        return self._inner.use_agent_store
+        """Ranks listen nowhere: they meet in a store of this process, or of the first node's."""
+        return True
 
     def is_closed(self) -> bool:
         return self._inner.is_closed()
@@ -177,6 +185,34 @@ class Meeting(RendezvousHandler):
 
     def shutdown(self) -> bool:
         return self._inner.shutdown()
+
+
+@contextmanager
+def _without_torchs_store() -> Iterator[None]:
+    """Torch would listen on its own number 0, at a port that the system chooses, for ranks that meet elsewhere."""
+    name = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _listening(address: str, ports: range | None) -> TCPStore:
+    """A store at the last of some ports that nobody else holds."""
+    if ports is None:
+        return TCPStore(address, 0, is_master=True, wait_for_workers=False)
+    for port in reversed(ports):
+        if _why_taken(port):
+            continue
+        with suppress(DistNetworkError):  # another took it in between
+            return TCPStore(address, port, is_master=True, wait_for_workers=False)
+    rule = f"ranks meet at one of {ports[0]} to {ports[-1]} of the first node, and other processes hold them all"
+    raise ConfigError("launch.ports", f"{ports[0]}-{ports[-1]}", rule, "another range, or end what holds these")
 
 
 def run_id_of(place: Place, run_dir: Path) -> str:

@@ -18,7 +18,8 @@ class RendezvousConfig:
     """c10d: nodes meet again after a failure, a node that comes instead of a lost one included. static: each node keeps
     the number it was given, and a lost node ends the job."""
     endpoint: str | None = None
-    """HOST:PORT where the first node listens; null: what Slurm or Kubernetes tells, else the first of launch.hosts."""
+    """HOST:PORT where the first node listens; null: what Slurm or Kubernetes tells, else the first of launch.hosts.
+    Without a port: the first of launch.ports, else 29400."""
     node_rank: int | None = None
     """This node's number; null: what Slurm or Kubernetes tells, else its place in launch.hosts."""
     id: str | None = None
@@ -47,14 +48,17 @@ def check_rendezvous(config: RendezvousConfig, nodes: int) -> None:
             raise ConfigError(f"launch.rendezvous.{key}", getattr(config, key), "seconds, one or more", "30")
 
 
-def split_endpoint(endpoint: str) -> tuple[str, int]:
-    """Host and port of HOST:PORT, HOST (port 29400) or [IPv6]:PORT.
+def split_endpoint(endpoint: str, default: int = DEFAULT_PORT) -> tuple[str, int]:
+    """Host and port of HOST:PORT, HOST or [IPv6]:PORT.
+
+    Args:
+        default: the port where none is given.
 
     Raises:
         ConfigError: it is none of them.
     """
     found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]/]+))(?::(\d{1,5}))?", endpoint)
-    port = int(found[3] or DEFAULT_PORT) if found else 0
+    port = int(found[3] or default) if found else 0
     if not found or not 0 < port < 65536:
         rule = "HOST:PORT, with a port from 1 to 65535; an IPv6 address in [ ]"
         raise ConfigError("launch.rendezvous.endpoint", endpoint, rule, f"node1:{DEFAULT_PORT}")

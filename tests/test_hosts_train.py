@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -198,6 +200,47 @@ def test_a_host_may_come_late_or_never(tmp_path):
     said = (tmp_path / "lonely.out").read_text()
     assert "node0:29408" in said
     assert "for 5 s (launch.rendezvous.timeout_s) nobody answered" in said
+
+
+def listeners(space: str) -> list[tuple[int, str]]:
+    """Port and process, by its command, of all that listens on a host for others."""
+    told = subprocess.run(
+        ["ip", "netns", "exec", space, "ss", "-Htlnp"], check=True, capture_output=True, text=True
+    ).stdout
+    found = []
+    for line in told.splitlines():
+        where, pid = line.split()[3], re.search(r"pid=(\d+)", line)
+        assert pid, line
+        with suppress(psutil.NoSuchProcess):
+            found.append((int(where.rpartition(":")[2]), " ".join(psutil.Process(int(pid[1])).cmdline())))
+    return found
+
+
+@pytest.mark.skipif(shutil.which("ss") is None, reason="ss (iproute2) is not installed")
+@pytest.mark.parametrize("backend", ["c10d", "static"])
+def test_all_that_hosts_open_for_each_other_lies_in_the_ports_they_were_given(backend, tmp_path):
+    """Ours in launch.ports, though one of them is taken; gloo's where net.ipv4.ip_local_port_range says."""
+    program = "import socket, time; s = socket.create_server(('', 29463)); print('up', flush=True); time.sleep(600)"
+    with hosts(2, tmp_path) as group:
+        for host in group:
+            limits = ["sysctl", "-q", "-w", "net.ipv4.ip_local_port_range=41000 41999"]
+            assert host.start(limits, tmp_path / f"{host.name}.sysctl").wait(20) == 0
+        group[0].start(["python3", "-c", program], tmp_path / "holder.log")
+        wait_for(lambda: "up" in (tmp_path / "holder.log").read_text(), 20)
+        command = [
+            text for text in node_command(2, 2, tmp_path / "run", steps=4000) if "rendezvous.endpoint" not in text
+        ]
+        command += ["launch.ports=29400-29463", "launch.hosts=[node0,node1]", f"launch.rendezvous.backend={backend}"]
+        processes = [host.start(command, tmp_path / f"{host.name}.out") for host in group]
+        wait_for_step(tmp_path / "run", 2, processes)
+        seen = [listeners(host.space) for host in group]
+        agent(processes[1]).send_signal(signal.SIGTERM)
+        assert ended(processes, LIMIT_S) == [0, 0], outputs(tmp_path)
+    agents = [sorted(port for port, name in found if "octofold.launch.cli" in name) for found in seen]
+    assert agents == [[29400, 29462] if backend == "c10d" else [29400], []], seen
+    ranks = {port for found in seen for port, name in found if "octofold.launch.worker" in name}
+    assert ranks
+    assert ranks <= set(range(41000, 42000)), seen
 
 
 def test_a_taken_port_and_a_name_without_address_are_named(tmp_path):
