@@ -45,6 +45,19 @@ def settings() -> dict[str, Any]:
         return {"groups": groups, "watchdog_s": watchdog_s, "shown": AscendBackend().group_settings()}
 
 
+def groups_of_a_table() -> dict[str, Any]:
+    """Names that HCCL has for the default group and for a part of it, and sums over both."""
+    with group() as (rank, ranks, device):
+        halves = [dist.new_group(list(range(part, ranks, 2))) for part in range(2)]
+        found: dict[str, Any] = {}
+        for name, members in {"world": dist.group.WORLD, "half": halves[rank % 2]}.items():
+            x = torch.full((3,), rank + 1.0, device=device)
+            dist.all_reduce(x, group=members)
+            backend: Any = members._get_backend(device)  # type: ignore[union-attr]
+            found[name] = [backend.get_hccl_comm_name(rank), x.tolist()]
+        return found
+
+
 def collectives() -> dict[str, Any]:
     """Each collective once, on small tensors; whole numbers, exact in every dtype."""
     with group() as (rank, ranks, device):

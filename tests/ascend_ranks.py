@@ -41,11 +41,13 @@ def start(name: str, ranks: int = 1, timeout_s: float = 200.0, **settings: str) 
     """Call `module:function` on each of `ranks` processes and wait for all.
 
     Args:
-        settings: of the software NPU, where MEMORY_MB="64" is SOFTWARE_NPU_MEMORY_MB=64; or HCCL's, by full name.
+        settings: of the software NPU, where MEMORY_MB="64" is SOFTWARE_NPU_MEMORY_MB=64; or HCCL's and RANK_TABLE_FILE,
+            by full name.
     """
     # Here and not on rank 0: a port that is free now may be taken when a process gets to it.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    named = {key if key.startswith("HCCL_") else f"SOFTWARE_NPU_{key}": value for key, value in settings.items()}
+    own = ("HCCL_", "RANK_TABLE_FILE")
+    named = {key if key.startswith(own) else f"SOFTWARE_NPU_{key}": value for key, value in settings.items()}
     given = {**os.environ, **named}
     given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     given |= {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}

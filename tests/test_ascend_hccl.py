@@ -3,6 +3,8 @@
 import pytest
 from ascend_ranks import start, values
 
+from octofold.backends.rank_table_writer import Host, table_of
+
 pytestmark = pytest.mark.ascend
 
 
@@ -98,6 +100,20 @@ def test_groups_are_told_buffer_timeouts_and_determinism():
         assert ran.value["watchdog_s"] == 151.0
         assert ran.value["shown"] == {**shown, "HCCL_EXEC_TIMEOUT": "91"}
         assert "timeout" not in ran.errors, "torch_npu warns where its watchdog is quicker than HCCL"
+
+
+def test_groups_are_those_of_a_rank_table(tmp_path):
+    """Written by Octofold, read by torch_npu, which makes the default group of it, and other groups of that one."""
+    table = tmp_path / "table.json"
+    table.write_text(table_of([Host("127.0.0.1", tuple((f"10.0.0.{i}", "") for i in range(1, 5)))]), encoding="utf-8")
+    table.chmod(0o640)
+    found = values("ascend_hccl_tasks:groups_of_a_table", 4, RANK_TABLE_FILE=str(table), SOC="Ascend910B2")
+    for rank, groups in enumerate(found):
+        world, half = groups["world"], groups["half"]
+        assert world[0].startswith("table-")
+        assert half[0].startswith(f"{world[0]}.")
+        assert world[1] == [10.0] * 3
+        assert half[1] == [4.0 + 2 * (rank % 2)] * 3
 
 
 def test_what_the_user_has_set_stays():

@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "../acl/settings.h"
+#include "rank_table.h"
 #include "reduce.h"
 
 extern "C" void software_npu_enqueue(aclrtStream stream, void (*work)(void *), void *argument);
@@ -134,6 +135,17 @@ HcclResult HcclCommInitRootInfo(uint32_t size, const HcclRootInfo *info, uint32_
 HcclResult HcclCommInitRootInfoConfig(
     uint32_t size, const HcclRootInfo *info, uint32_t rank, const HcclCommConfig *config, HcclComm *communicator) {
     return make(info->internal, size, rank, config, communicator);
+}
+HcclResult HcclCommInitClusterInfoConfig(
+    const char *path, uint32_t rank, HcclCommConfig *config, HcclComm *communicator) {
+    int32_t device = 0;
+    aclrtGetDevice(&device);
+    auto table = software_npu::read_rank_table(path, static_cast<int>(rank), device);
+    if (!table.wrong.empty()) {
+        software_npu_report_error(0, table.wrong.c_str());
+        return HCCL_E_PARA;
+    }
+    return make(table.id, table.size, rank, config, communicator);
 }
 HcclResult HcclCreateSubCommConfig(
     HcclComm *parent, uint32_t size, uint32_t *, uint64_t id, uint32_t rank, HcclCommConfig *config, HcclComm *made) {
