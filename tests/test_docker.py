@@ -105,5 +105,6 @@ def test_the_install_steps_of_the_cpu_image_make_an_octofold_that_works(tmp_path
     python = [line for line in doctor.stdout.splitlines() if re.match(r"ok\s+(python|torch)\b", line)]
     assert len(python) == 2, doctor.stdout
     assert doctor.returncode == 0, doctor.stdout
-    trained = [octofold, "train", "model=tiny", "train.steps=2", "data.tokenizer=bytes", f"run_dir={runs / 'tiny'}"]
+    short = ["train.steps=2", "train.final_eval_sequences=4", "train.sample_tokens=0", "data.sequence_length=32"]
+    trained = [octofold, "train", "model=tiny", *short, "data.tokenizer=bytes", f"run_dir={runs / 'tiny'}"]
     subprocess.run(trained, cwd=tmp_path, env=kept, check=True, timeout=300)
