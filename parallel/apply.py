@@ -58,7 +58,7 @@ def apply_plan(
     _split_sequences(model, plan, meshes)
     apply_recompute(model, plan, options.recompute)
     if options.compile:
-        apply_compile(model, plan)
+        apply_compile(model, plan, meshes.dense.device_type)
     policy = precision_policy(options, compute_dtype=compute_dtype, master_dtype=master_dtype)
     shards = _Shards.over(model, plan, meshes)
     # Experts in a unit of their own: the rest of a block can compute while they are gathered.

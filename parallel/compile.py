@@ -18,12 +18,19 @@ from octofold.backends.errors import ConfigError
 from octofold.parallel.plan import ParallelPlan
 
 
-def apply_compile(model: nn.Module, plan: ParallelPlan) -> None:
+def apply_compile(model: nn.Module, plan: ParallelPlan, device: str) -> None:
     """Compile the method `compute` of the modules that a plan calls `compiled`, in place.
 
+    Args:
+        device: type of the device that the model will be on.
+
     Raises:
-        ConfigError: there is no C++ compiler for a model on the CPU.
+        ConfigError: it is an NPU, or there is no C++ compiler.
     """
+    if device == "npu":
+        # Inductor makes Triton kernels for it, by a Triton of its own, which has not been tried.
+        rule = "what would be compiled, the norms, is one operator of torch_npu on Ascend"
+        raise ConfigError("parallel.compile", "parallel.compile=true backend=ascend", rule, "parallel.compile=false")
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         rule = f"torch.compile needs a C++ compiler; {compiler} is not there"

@@ -46,7 +46,8 @@ class ParallelConfig:
     """What gradients are summed over ranks in: master (that of the master weights, FP32) or bf16."""
 
     compile: bool = False
-    """Compile the norms with torch.compile, which takes a minute at the start (parallel/compile.py)."""
+    """Compile the norms with torch.compile, which takes a minute at the start (parallel/compile.py); not on
+    Ascend, where a norm is one operator."""
     placement_every: int = 0
     """Steps after which experts are packed anew onto the ranks of the expert axis, by their mean loads since the last
     time (parallel/placement.py); 0: every expert stays where its number puts it."""

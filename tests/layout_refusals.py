@@ -79,7 +79,7 @@ VERIFY_REFUSED = [
 ]
 ON_RANKS = {
     "parallel/apply.py:_distributed": "a dimension of your own `model.architecture` that ranks do not divide",
-    "parallel/compile.py:apply_compile": "`parallel.compile=true` without a C++ compiler",
+    "parallel/compile.py:apply_compile": "`parallel.compile=true` on Ascend, or without a C++ compiler",
     "parallel/expert_routes.py:build_route": "a route of your own that is none, or one that cannot serve here",
     "backends/topology.py:_check_environment": "a launcher whose nodes differ in size, or are not numbered one by one",
     "backends/topology.py:_check_table": "an Ascend rank table of another job or other nodes than the launcher's",

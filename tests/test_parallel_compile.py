@@ -36,7 +36,12 @@ def test_compile_on_and_off_agree(recompute, tmp_path):
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
     with pytest.raises(ConfigError, match=r"parallel.compile=true\n.*no-compiler is not there"):
-        apply_compile(None, None)  # type: ignore[arg-type]
+        apply_compile(None, None, "cpu")  # type: ignore[arg-type]
+
+
+def test_on_ascend_it_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^parallel.compile=true backend=ascend\n"):
+        apply_compile(None, None, "npu")  # type: ignore[arg-type]
 
 
 def test_selective_recompute_is_refused() -> None:
