@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
@@ -363,7 +363,7 @@ class NodeAgent(RankAgent):
 
     def _lost(self, nodes: list[int]) -> Failure:
         named = [(self._names[node], self._ranks_of(node)) for node in nodes]
-        shown = ", ".join(f"{name} (ranks {ranks[0]} to {ranks[-1]})" for name, ranks in named)
+        shown = ", ".join(f"{name} ({_spelled(ranks)})" for name, ranks in named)
         limit = f"{self._launch.rendezvous.lost_after_s:g} s"
         return Failure(1, self._explained(f"{'nodes' if len(nodes) > 1 else 'node'} {shown} not heard of for {limit}"))
 
@@ -385,3 +385,7 @@ class NodeAgent(RankAgent):
         heard = self._exchange is None or not self._exchange.silent
         self._close()
         return heard
+
+
+def _spelled(ranks: Sequence[int]) -> str:
+    return f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}"

@@ -8,7 +8,7 @@ from octofold.backends.errors import ConfigError, UserError
 from octofold.launch.addresses import is_local, resolve
 from octofold.launch.config import LaunchConfig
 from octofold.launch.local import first_host
-from octofold.launch.ports import meeting_port, own_ports
+from octofold.launch.ports import meeting_port, own_ports, split_ports
 from octofold.launch.rendezvous_config import DEFAULT_PORT, split_endpoint
 from octofold.launch.slurm_allocation import check_allocation
 
@@ -38,11 +38,12 @@ def find_place(launch: LaunchConfig, environ: Mapping[str, str], ports: range | 
         ports: those of `launch.ports` for the meeting, where nobody tells one.
 
     Raises:
-        UserError: nobody tells where to meet, or the scheduler has started another number of nodes.
+        UserError: nobody tells where to meet, it is a port that is HCCL's, or the scheduler has started another number
+            of nodes.
     """
     config = launch.rendezvous
     usual = meeting_port(ports) if ports else DEFAULT_PORT
-    told = _of_operator(environ) or _of_slurm(environ, launch.nproc_per_node, ports) or _of_hosts(launch, usual)
+    told = _of_operator(environ, usual) or _of_slurm(environ, launch.nproc_per_node, ports) or _of_hosts(launch, usual)
     told = told or _alone(launch)
     if config.endpoint is not None:
         host, port = split_endpoint(config.endpoint, usual)
@@ -54,6 +55,9 @@ def find_place(launch: LaunchConfig, environ: Mapping[str, str], ports: range | 
     else:
         rule = f"{launch.nodes} nodes meet at an address, and neither Slurm, Kubernetes nor launch.hosts tells one"
         raise ConfigError("launch.rendezvous.endpoint", "null", rule, f"node1:{DEFAULT_PORT}, the same on every node")
+    if launch.ports and ports and place.port in split_ports(launch.ports) and place.port not in ports:
+        shown, rule = f"{place.host}:{place.port}", f"of launch.ports={launch.ports} those after {ports[-1]} are HCCL's"
+        raise ConfigError(place.told_by, shown, rule, f"port {ports[0]}, or one outside of launch.ports")
     if told and told.nodes not in (None, launch.nodes):
         rule = f"{told.place.told_by} tells of {told.nodes} node(s)"
         raise ConfigError("launch.nodes", launch.nodes, rule, f"launch.nodes={told.nodes}, or ask for {launch.nodes}")
@@ -111,11 +115,11 @@ class _Told:
     """How many there are, where that is told."""
 
 
-def _of_operator(environ: Mapping[str, str]) -> _Told | None:
+def _of_operator(environ: Mapping[str, str], usual: int) -> _Told | None:
     """PyTorchJob's and Volcano's: MASTER_ADDR and MASTER_PORT, RANK of the pod; PET_*, which torchrun reads too."""
     endpoint = environ.get("PET_RDZV_ENDPOINT")
     if endpoint:
-        host, port = split_endpoint(endpoint)
+        host, port = split_endpoint(endpoint, usual)
     elif {"MASTER_ADDR", "MASTER_PORT", "RANK"} <= environ.keys() and "SLURM_NODEID" not in environ:
         host, port = environ["MASTER_ADDR"], _number(environ, "MASTER_PORT")
     else:

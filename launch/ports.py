@@ -47,7 +47,8 @@ def own_ports(text: str, backend: str) -> range:
     if len(ports) < LEAST + kept:
         of_hccl = f", and on Ascend the last {kept} are HCCL's, however many ranks a node has" if kept else ""
         rule = f"{LEAST + kept} ports at least: one where nodes meet, one where ranks do{of_hccl}"
-        raise ConfigError(KEY, text, rule, f"{KEY}={ports[0]}-{min(ports[0] + LEAST + kept - 1, 65535)}")
+        first = min(ports[0], 65536 - LEAST - kept)
+        raise ConfigError(KEY, text, rule, f"{KEY}={first}-{first + LEAST + kept - 1}")
     return ports[: len(ports) - kept]
 
 

@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -204,13 +204,17 @@ def _without_torchs_store() -> Iterator[None]:
 
 def _listening(address: str, ports: range | None) -> TCPStore:
     """A store at the last of some ports that nobody else holds."""
-    if ports is None:
-        return TCPStore(address, 0, is_master=True, wait_for_workers=False)
-    for port in reversed(ports):
-        if _why_taken(port):
+    limit = timedelta(seconds=READ_TIMEOUT_S)
+    for port in reversed(ports or [0]):
+        if port and _why_taken(port):
             continue
-        with suppress(DistNetworkError):  # another took it in between
-            return TCPStore(address, port, is_master=True, wait_for_workers=False)
+        try:
+            return TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=limit)
+        except DistNetworkError:
+            if not port or not _why_taken(port):
+                raise
+            # Another took it in between.
+    assert ports
     rule = f"ranks meet at one of {ports[0]} to {ports[-1]} of the first node, and other processes hold them all"
     raise ConfigError("launch.ports", f"{ports[0]}-{ports[-1]}", rule, "another range, or end what holds these")
 

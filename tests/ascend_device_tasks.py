@@ -93,6 +93,7 @@ def random_state() -> dict[str, bool]:
     }
 
 
+SIGNALS = 40
 QUEUED = 20
 """Pieces of work that a stream has before the one that counts, each after a pause of chance."""
 
@@ -181,6 +182,98 @@ def copies() -> dict[str, list[float]]:
     from_pageable = pageable.to("npu", non_blocking=True)
     pageable.fill_(8.0)
     seen["changed"] = [float(from_locked[0]), float(from_pageable[0]), float(there.cpu()[0])]
+    return seen
+
+
+def waits_with_pythons_lock() -> dict[str, Any]:
+    """Calls that wait for a stream while they hold Python's lock, which a kernel on the stream needs."""
+    import torch_npu
+
+    npu = torch.npu  # type: ignore[attr-defined]
+    npu.set_device(0)
+    x, gamma, index = torch.randn(64, 16, device="npu"), torch.ones(16, device="npu"), torch.tensor(1, device="npu")
+
+    def busy() -> torch.Tensor:
+        for _ in range(QUEUED):
+            y = torch_npu.npu_rms_norm(x, gamma, 1e-6)[0]
+        return y
+
+    found: dict[str, Any] = {"row": (busy()[index] == busy()[1]).all().item()}
+    busy()
+    npu.empty_cache()
+    start, end = npu.Event(enable_timing=True), npu.Event(enable_timing=True)
+    start.record()
+    busy()
+    end.record()
+    found["elapsed"] = start.elapsed_time(end) > 0
+    # More than is left: the allocator frees what it has kept.
+    held = [torch.empty(24 << 20, dtype=torch.uint8, device="npu") for _ in range(3)]
+    held.clear()
+    grown = torch.empty(0, dtype=torch.uint8, device="npu")
+    busy()
+    grown.untyped_storage().resize_(80 << 20)
+    return found
+
+
+def two_devices() -> list[float]:
+    """Sums on one device while another is current, and copies between the two."""
+    npu, found = torch.npu, []  # type: ignore[attr-defined]
+    npu.set_device(0)
+    y, z = torch.ones(4, device="npu:1"), torch.ones(4, device="npu:0")
+    for _ in range(QUEUED):
+        y += 1
+    with npu.device(1):
+        found.append(float(y[0]))
+        for _ in range(QUEUED):
+            y += 1
+    found.append(float(y.cpu()[0]))
+    for _ in range(QUEUED):
+        z += 1
+    with npu.device(1):
+        found.append(float(z.to("npu:1")[0]))
+    return found
+
+
+def odd_calls() -> dict[str, Any]:
+    """A list that mixes NPU and host, statistics of norms, another default dtype: each twice, as a plan is kept."""
+    npu, found = torch.npu, {}  # type: ignore[attr-defined]
+    npu.set_device(0)
+    for turn in ("first", "again"):
+        mixed = [torch.zeros((), device="npu"), torch.zeros(())]
+        torch._foreach_add_(mixed, 1.0)
+        found[f"mixed {turn}"] = [float(tensor) for tensor in mixed]
+        x = torch.randn(4, 8, dtype=torch.bfloat16, device="npu", requires_grad=True)
+        F.layer_norm(x, (8,)).square().sum().backward()
+        assert x.grad is not None
+        found[f"norm {turn}"] = bool(x.grad.isfinite().all())
+        halves = torch.arange(3, device="npu") / 2
+        torch.set_default_dtype(torch.float64)
+        wide = torch.arange(3, device="npu") / 2
+        npu.synchronize()
+        torch.set_default_dtype(torch.float32)
+        found[f"dtypes {turn}"] = [str(halves.dtype), str(wide.dtype), wide.tolist()]
+    return found
+
+
+def signals() -> int:
+    """How many of the exceptions that a signal raises, at any time, come to the caller."""
+    import signal
+
+    def raise_it(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    npu, seen = torch.npu, 0  # type: ignore[attr-defined]
+    npu.set_device(0)
+    signal.signal(signal.SIGALRM, raise_it)
+    x = torch.ones(4, device="npu")
+    for number in range(SIGNALS):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.0001 * (number % 10))
+            # A plan for each size, by kernels in Python.
+            for size in range(10_000):
+                x.clamp(0, 1)[:1].expand(size % 97 + 1).where(x[0] > 0, 2.0).isfinite()
+        except KeyboardInterrupt:
+            seen += 1
     return seen
 
 

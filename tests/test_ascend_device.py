@@ -83,6 +83,30 @@ def test_an_operator_that_fails_is_named_where_the_host_waits(asynchronous):
     assert ("aten::index_select: index out of range" in where_it_waits) == (asynchronous == "1")
 
 
+def test_who_waits_lets_go_of_pythons_lock():
+    (found,) = values("ascend_device_tasks:waits_with_pythons_lock", ASYNC="1", DELAY_US="5000", MEMORY_MB="96")
+    assert found == {"row": True, "elapsed": True}
+
+
+@pytest.mark.parametrize("asynchronous", ["0", "1"])
+def test_work_is_on_the_stream_of_its_device(asynchronous):
+    n = tasks.QUEUED + 1.0
+    assert values("ascend_device_tasks:two_devices", ASYNC=asynchronous, DELAY_US="5000") == [[n, n + tasks.QUEUED, n]]
+
+
+@pytest.mark.parametrize("asynchronous", ["0", "1"])
+def test_odd_calls_give_the_same_on_streams(asynchronous):
+    (found,) = values("ascend_device_tasks:odd_calls", ASYNC=asynchronous)
+    for turn in ("first", "again"):
+        assert found[f"mixed {turn}"] == [1.0, 1.0]
+        assert found[f"norm {turn}"]
+        assert found[f"dtypes {turn}"] == ["torch.float32", "torch.float64", [0.0, 0.5, 1.0]]
+
+
+def test_what_a_signal_raises_comes_to_the_caller():
+    assert values("ascend_device_tasks:signals", ASYNC="1") == [tasks.SIGNALS]
+
+
 def test_memory_is_freed_after_the_work_that_uses_it():
     """As CANN's aclrtFree does; what it says is the stream's state, which is complete (0)."""
     assert values("ascend_device_tasks:freed", ASYNC="1", DELAY_US="5000") == [[0]]

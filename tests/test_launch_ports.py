@@ -80,6 +80,22 @@ def test_nodes_meet_in_the_range_where_nobody_says_otherwise(environ, options, p
     assert find_place(launch, environ, listening_ports(launch, "cpu")).port == port
 
 
+@pytest.mark.parametrize("environ", [{}, {"MASTER_ADDR": "n1", "MASTER_PORT": "29440", "RANK": "0"}])
+def test_a_place_to_meet_that_is_hccls_is_refused(environ):
+    endpoint = None if environ else "n1:29440"
+    launch = LaunchConfig("torchrun", nodes=2, ports=RANGE, rendezvous=RendezvousConfig(endpoint=endpoint))
+    assert find_place(launch, environ, listening_ports(launch, "cpu")).port == 29440
+    with pytest.raises(ConfigError, match=r"(?s)n1:29440.*29431 are HCCL's.*port 29400"):
+        find_place(launch, environ, listening_ports(launch, "ascend"))
+
+
+@pytest.mark.parametrize(("backend", "least"), [("cpu", "65534-65535"), ("ascend", "65502-65535")])
+def test_the_remedy_is_no_mistake_itself(backend, least):
+    with pytest.raises(ConfigError, match=f"remedy: launch.ports={least}"):
+        own_ports("65535-65535", backend)
+    assert own_ports(least, backend)
+
+
 def test_pods_that_would_meet_elsewhere_are_refused():
     launch = compose(["launch=kubernetes", "launch.nodes=2", f"launch.ports={RANGE}"]).launch
     with pytest.raises(ConfigError, match=r"launch\.kubernetes\.port=29400"):

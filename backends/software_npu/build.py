@@ -88,7 +88,7 @@ def _link(out: Path) -> None:
         objects = list(pool.map(lambda source: _compile(source, headers, out), sources))
     acl, hccl, operators = ([o for o in objects if o.name.startswith(f"{part}_")] for part in parts)
     libs = torch / "lib"
-    _shared(out / ACL, acl, ["-lpthread"])
+    _shared(out / ACL, acl, ["-lpthread", "-ldl"])
     _shared(out / HCCL, hccl, [f"-L{out}", "-lascendcl", "-lpthread"])
     _shared(out / GROUP_CALLS, [], ["-Wl,--no-as-needed", f"-L{out}", "-lhccl", "-lascendcl"])
     _fill(out, torch, torch_npu)

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <string>
 
+#include "python_lock.h"
 #include "settings.h"
 
 namespace software_npu {
@@ -72,6 +73,7 @@ void Stream::serve() {
 void Stream::synchronize() {
     // Work that waits for its own stream, such as a callback that frees memory, would never end.
     if (worker_.get_id() == std::this_thread::get_id()) return;
+    WithoutPythonsLock waiting;
     std::unique_lock<std::mutex> lock(mutex_);
     finished_.wait(lock, [this] { return waiting_.empty() && !busy_; });
 }
@@ -89,6 +91,7 @@ void Recording::complete() {
 }
 
 void Recording::wait() {
+    WithoutPythonsLock waiting;
     std::unique_lock<std::mutex> lock(mutex_);
     completed_.wait(lock, [this] { return done_; });
 }

@@ -38,7 +38,7 @@ const std::set<std::string> kOwn = {
 // Whether a stream may copy while the host goes on: torch_npu waits where memory of the host is not page-locked.
 bool is_for_later(const at::Tensor &to, const at::Tensor &from, bool non_blocking) {
     if (!software_npu::is_async()) return false;
-    if (is_npu(to) && is_npu(from)) return true;
+    if (is_npu(to) && is_npu(from)) return to.device() == from.device();
     return non_blocking && (is_npu(to) ? from : to).is_pinned();
 }
 

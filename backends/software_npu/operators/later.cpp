@@ -13,11 +13,14 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <sstream>
 #include <string>
+#include <thread>
 #include <unordered_map>
 #include <vector>
 
+#include "../acl/python_lock.h"
 #include "call.h"
 #include "place.h"
 #include "tensors.h"
@@ -91,7 +94,12 @@ int generator_of(const c10::FunctionSchema &schema) {
     return -1;
 }
 
+// Their statistics are FP32 by the meta kernel; the CPU's own backward wants those in BF16 that its forward gives.
+const std::set<std::string> kOtherDtypes = {
+    "aten::native_layer_norm", "aten::native_group_norm", "aten::native_batch_norm", "aten::_native_batch_norm_legit"};
+
 bool is_known_beforehand(const c10::OperatorHandle &op) {
+    if (kOtherDtypes.count(op.operator_name().name)) return false;
     if (op.hasTag(at::Tag::dynamic_output_shape) || op.hasTag(at::Tag::data_dependent_output)) return false;
     // Such a one draws from a generator that the whole process shares.
     if (op.hasTag(at::Tag::nondeterministic_seeded) && generator_of(op.schema()) < 0) return false;
@@ -122,7 +130,8 @@ struct Plan {
 };
 
 // Plans by call: a training step makes the same calls again and again, and many meta kernels are slow Python.
-constexpr size_t kMostPlans = 1 << 16;
+constexpr size_t kMostBytes = 32 << 20;  // of descriptions
+size_t plans_bytes = 0;
 std::mutex plans_mutex;
 std::unordered_map<std::string, std::shared_ptr<const Plan>> plans;
 
@@ -134,7 +143,11 @@ std::shared_ptr<const Plan> known_plan(const std::string &call) {
 
 void keep_plan(const std::string &call, std::shared_ptr<const Plan> plan) {
     std::lock_guard<std::mutex> lock(plans_mutex);
-    if (plans.size() >= kMostPlans) plans.clear();
+    plans_bytes += call.size();
+    if (plans_bytes > kMostBytes) {
+        plans.clear();
+        plans_bytes = call.size();
+    }
     plans[call] = std::move(plan);
 }
 
@@ -146,11 +159,13 @@ bool python_ended = false;
 class Call {
    public:
     Call(const c10::OperatorHandle &op, std::vector<c10::IValue> given) : op_(op), given_(std::move(given)) {
-        for (const auto &value : given_) {
-            if (value.isDevice() && is_npu_device(value)) device_ = value.toDevice();
-            for (const auto &tensor : tensors_of(value)) {
+        for (size_t i = 0; i < given_.size(); i++) {
+            if (is_npu_device(given_[i])) device_ = given_[i].toDevice();
+            const auto *alias = op_.schema().arguments()[i].alias_info();
+            bool is_written = alias && alias->isWrite();
+            for (const auto &tensor : tensors_of(given_[i])) {
                 if (is_npu(tensor)) index_of(tensor);
-                if (tensor.defined() && !is_npu(tensor) && tensor.dim()) takes_host_memory_ = true;
+                if (tensor.defined() && !is_npu(tensor) && (tensor.dim() || is_written)) takes_host_memory_ = true;
             }
         }
         if (!npu_.empty()) device_ = npu_[0].device();
@@ -189,9 +204,8 @@ class Call {
             if (returned.kind == Kind::list) results.push_back(c10::List<at::Tensor>(tensors));
         }
         const auto &op = op_;
-        enqueue(c10::toString(op.operator_name()), [op, arguments = std::move(arguments), fresh = std::move(fresh)] {
-            compute(op, arguments, fresh);
-        });
+        auto work = [op, arguments = std::move(arguments), fresh = std::move(fresh)] { compute(op, arguments, fresh); };
+        enqueue(*device_, c10::toString(op.operator_name()), std::move(work));
         return results;
     }
 
@@ -211,7 +225,9 @@ class Call {
     // All that a plan depends on.
     std::string description() {
         std::ostringstream out;
-        out << op_.operator_name();
+        out << op_.operator_name() << at::get_default_dtype().name();
+        // What writes into its arguments has their shapes: a learning rate that changes does not matter.
+        bool are_numbers_left_out = op_.schema().is_mutable();
         for (const auto &tensor : npu_) {
             auto same = std::find_if(npu_.begin(), npu_.end(), [&](const at::Tensor &other) {
                 return other.storage().unsafeGetStorageImpl() == tensor.storage().unsafeGetStorageImpl();
@@ -222,7 +238,8 @@ class Call {
         for (const auto &value : given_) {
             out << '|' << static_cast<int>(kind_of(value)) << value.tagKind();
             if (kind_of(value) == Kind::plain) {
-                if (!value.isGenerator()) out << value;
+                bool is_number = value.isDouble() || value.isDoubleList();
+                if (!value.isGenerator() && !(is_number && are_numbers_left_out)) out << value;
                 continue;
             }
             for (const auto &tensor : tensors_of(value)) {
@@ -247,12 +264,7 @@ class Call {
         }
         Stack stack;
         for (const auto &value : given_) stack.push_back(meta_argument(value, twins));
-        try {
-            at::AutoDispatchBelowADInplaceOrView below_autograd;
-            op_.callBoxed(stack);
-        } catch (const std::exception &) {
-            return {};  // there is no meta kernel, or the CPU's says what is wrong
-        }
+        if (!call_meta(stack)) return {};
         Plan plan;
         for (const auto &value : stack) {
             plan.returned.push_back({kind_of(value), kind_of(value) == Kind::plain ? value : c10::IValue(), {}});
@@ -277,6 +289,23 @@ class Call {
         for (const auto &twin : twins) plan.sizes.push_back(twin.sizes().vec());
         plan.is_known = true;
         return plan;
+    }
+
+    // False where there is no meta kernel, or one that the arguments are wrong for: then the CPU's says so.
+    bool call_meta(Stack &stack) {
+        bool done = false;
+        // In a thread of its own: many are Python, and what a signal raises in the main one is for who called us.
+        std::thread thread([&] {
+            at::AutoDispatchBelowADInplaceOrView below_autograd;
+            try {
+                op_.callBoxed(stack);
+                done = true;
+            } catch (const std::exception &) {
+            }
+        });
+        WithoutPythonsLock waiting;
+        thread.join();
+        return done;
     }
 
     c10::IValue meta_argument(const c10::IValue &value, const std::vector<at::Tensor> &twins) {
@@ -340,9 +369,9 @@ class Call {
                 const auto &place = fresh.at(at++);
                 if (!place) continue;
                 auto room = place->view(storages);
-                TORCH_CHECK(tensor.defined() && tensor.sizes() == room.sizes() && tensor.dtype() == room.dtype(),
-                            "the meta kernel expects ", room.sizes(), " of ", room.dtype(), ", the CPU's gives ",
-                            tensor.defined() ? tensor.toString() : "nothing");
+                bool as_expected = tensor.defined() && tensor.sizes() == room.sizes();
+                TORCH_CHECK(as_expected, "the meta kernel expects ", room.sizes(), ", the CPU's gives another shape");
+                // The default dtype may be another one by now.
                 room.copy_(tensor);
             }
         }
@@ -380,9 +409,10 @@ void end_python() {
     python_ended = true;
 }
 
-void enqueue(const std::string &op, std::function<void()> work) {
+void enqueue(c10::Device device, const std::string &op, std::function<void()> work) {
     // `stream()` waits until what torch_npu holds in a queue of its own has been put there.
-    software_npu_enqueue(c10_npu::getCurrentNPUStream().stream(), run, new Work{op, std::move(work)});
+    auto stream = c10_npu::getCurrentNPUStream(device.index());
+    software_npu_enqueue(stream.stream(), run, new Work{op, std::move(work)});
 }
 
 bool call_later(const c10::OperatorHandle &op, Stack *stack) {
@@ -400,10 +430,10 @@ bool call_later(const c10::OperatorHandle &op, Stack *stack) {
 
 void copy_later(const at::Tensor &to, const at::Tensor &from) {
     auto held = [](const at::Tensor &tensor) {
-        // torch_npu gives page-locked memory to nobody else as long as a copy needs it.
+        // Page-locked memory is kept until then, as torch_npu's allocator for it does by an event.
         return is_npu(tensor) ? Held{Place(tensor), at::Tensor()} : Held{std::nullopt, tensor.detach()};
     };
-    enqueue("copy_", [to = held(to), from = held(from)] {
+    enqueue(is_npu(to) ? to.device() : from.device(), "copy_", [to = held(to), from = held(from)] {
         Storages storages;
         to.tensor(storages).copy_(from.tensor(storages));
     });

@@ -8,19 +8,20 @@
 
 namespace software_npu {
 
-// Put an operator's work on the current stream of torch_npu, and its results, to be, on the stack instead of its
-// arguments. False, and nothing done, where what comes out is not known before it is computed: the values decide its
-// shape, a number is returned, no meta kernel knows it, or host memory takes part.
+// Put an operator's work on torch_npu's current stream of its tensors' device, and its results, to be, on the stack
+// instead of its arguments. False, and nothing done, where it has to be computed in the call: the values decide the shape
+// of what comes out, or it is a number; no meta kernel knows it; it draws from a generator that nobody gave; memory of the
+// host takes part (a number there does not).
 bool call_later(const c10::OperatorHandle &op, torch::jit::Stack *stack);
 
-// Copy between NPU tensors, or between one and page-locked memory of the host, on the current stream.
+// Copy between tensors of one NPU, or between one and page-locked memory of the host, on the current stream.
 void copy_later(const at::Tensor &to, const at::Tensor &from);
 
 // Python is about to end: what streams have yet to compute in it is left out. Waits for what is computed now.
 void end_python();
 
-// On the current stream of torch_npu, after all that was put there before; an exception comes to light where the host
-// next waits. `op`: whom such an error names.
-void enqueue(const std::string &op, std::function<void()> work);
+// On torch_npu's current stream of a device, after all that was put there before; an exception comes to light where the
+// host next waits. `op`: whom such an error names.
+void enqueue(c10::Device device, const std::string &op, std::function<void()> work);
 
 }  // namespace software_npu

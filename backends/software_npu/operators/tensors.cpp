@@ -22,15 +22,15 @@ constexpr uint64_t kOffsetOfACall = 4;
 
 bool is_npu(const at::Tensor &tensor) { return tensor.defined() && tensor.device().type() == kNpu; }
 
-void wait_for_stream() {
+void wait_for_stream(c10::Device device) {
     if (!is_async()) return;
     c10::impl::VirtualGuardImpl guard(kNpu);
-    guard.synchronizeStream(guard.getStream(guard.getDevice()));
+    guard.synchronizeStream(guard.getStream(device));
 }
 
 at::Tensor on_cpu(const at::Tensor &tensor) {
     if (!is_npu(tensor)) return tensor;
-    wait_for_stream();
+    wait_for_stream(tensor.device());
     auto options = tensor.options().device(at::kCPU).pinned_memory(false);
     if (!tensor.numel() && tensor.dim() <= 1) return at::empty({0}, options);
     // Over the whole storage, so that arguments that overlap still do.
@@ -51,7 +51,7 @@ at::Tensor copied_to_npu(const at::Tensor &values, c10::Device device) {
     auto result = at::empty_strided(dense.sizes(), dense.strides(), options);
     if (!dense.numel()) return result;
     // The memory may have belonged to a tensor that a kernel on the stream still reads.
-    wait_for_stream();
+    wait_for_stream(result.device());
     memcpy(result.mutable_data_ptr(), dense.const_data_ptr(), dense.nbytes());
     return result;
 }

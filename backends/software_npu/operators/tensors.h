@@ -11,8 +11,8 @@ namespace software_npu {
 
 bool is_npu(const at::Tensor &tensor);
 
-// Wait for the current stream of torch_npu, so that what its kernels were to write is there.
-void wait_for_stream();
+// Wait for torch_npu's current stream of a device, so that what its kernels were to write is there.
+void wait_for_stream(c10::Device device);
 
 // A CPU tensor over the same memory, which shares storage offset, strides and flags with `tensor`; CPU tensors pass.
 at::Tensor on_cpu(const at::Tensor &tensor);
