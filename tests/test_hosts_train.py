@@ -25,7 +25,8 @@ pytestmark = [
 JOB = [
     *("experiment=quickstart", "model.num_hidden_layers=2", "model.n_routed_experts=8", "parallel.expert=2"),
     *("train.global_batch_size=8", "train.micro_batch_size=2", "data.sequence_length=64", "train.log_every=1"),
-    *("train.eval_sequences=4", "train.sample_tokens=0", "backend.threads=1", "optim.warmup_steps=2"),
+    *("train.eval_sequences=4", "train.final_eval_sequences=4", "train.sample_tokens=0", "backend.threads=1"),
+    "optim.warmup_steps=2",
 ]
 FP8 = 2e-3
 """What the order of sums does to a loss within four steps in emulated FP8: hosts that lie otherwise, sum otherwise."""
