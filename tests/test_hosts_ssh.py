@@ -110,6 +110,8 @@ def test_a_job_goes_on_without_a_host_whose_agent_is_killed(reached, tmp_path):
     group, options = reached
     job = ["launch.min_nodes=2", "launch.rendezvous.lost_after_s=6", "launch.rendezvous.last_call_s=10"]
     job += ["launch.rendezvous.timeout_s=60", "train.global_batch_size=12", "parallel.expert=1"]
+    # Three hosts of one busy machine have slow links at times.
+    job += ["launch.preflight.stop_on_slow=false"]
     run_dir = tmp_path / "run"
     process = launch(group, options, tmp_path, *job, "checkpoint.every_steps=1", "train.steps=12")
     wait_for_step(run_dir, 3, [process])
