@@ -370,8 +370,11 @@ class Call {
                 if (!place) continue;
                 auto room = place->view(storages);
                 bool as_expected = tensor.defined() && tensor.sizes() == room.sizes();
-                TORCH_CHECK(as_expected, "the meta kernel expects ", room.sizes(), ", the CPU's gives another shape");
-                // The default dtype may be another one by now.
+                // A reference kernel keeps to torch_npu's word. PyTorch's own follow the default dtype, which may be
+                // another one by now.
+                as_expected = as_expected && (!is_python(op) || tensor.dtype() == room.dtype());
+                TORCH_CHECK(as_expected, "the meta kernel expects ", room.sizes(), " of ", room.dtype(),
+                            ", the CPU's gives ", tensor.defined() ? tensor.toString() : "nothing");
                 room.copy_(tensor);
             }
         }
